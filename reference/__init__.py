@@ -1,0 +1,1 @@
+"""The PyTorch side: models, training, evaluation, checkpoints."""

@@ -1,0 +1,120 @@
+"""Checkpoints: one safetensors file with tensors under `r2ir.`, `r2id.`, `condition.`.
+
+The metadata holds two JSON texts: `config` (ModelConfig) and `provenance` (how it was made).
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from reference.r2id import R2ID
+from reference.r2ir import R2IR
+from reference.text import LabelCondition
+from runtime.config import ModelConfig
+from runtime.errors import ArtefactError
+from runtime.files import atomic_write, read_bytes, sha256
+
+LONGEST_HEADER = 100 << 20  # as the safetensors format allows
+LISTED = 8  # differences named in one error
+
+
+class Models(nn.Module):
+    """R2IR, R2ID and the label condition of one checkpoint."""
+
+    def __init__(self, config: ModelConfig, **dropouts: Any):
+        super().__init__()
+        self.config = config
+        self.r2ir = R2IR(config.r2ir, **dropouts.get("r2ir", {}))
+        self.r2id = R2ID(config.r2id, **dropouts.get("r2id", {}))
+        self.condition = LabelCondition(config.condition, config.r2id.width)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint opened: models in eval mode and float32, where they came from, file hash."""
+
+    models: Models
+    provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def save(path: Path, models: Models, provenance: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write `models` as `dtype` (float16 halves the file); whole or not at all."""
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in models.state_dict().items()}
+    metadata = {
+        "config": json.dumps(models.config.to_json()),
+        "provenance": json.dumps(provenance),
+    }
+    with atomic_write(path) as file:
+        file.write(save_safetensors(state, metadata))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint; raises ArtefactError listing every tensor that does not fit."""
+    data = read_bytes(path, "a checkpoint (.safetensors)", "Train one with: make train")
+    metadata = read_metadata(data, path)
+    missing = [key for key in ("config", "provenance") if key not in metadata]
+    if missing:
+        raise ArtefactError(
+            f"{path}: metadata without {missing}; expected a checkpoint of this toolkit. "
+            "Convert published weights with: python -m reference.published"
+        )
+    config = ModelConfig.from_json(_json(metadata["config"], path), f"{path}")
+    try:
+        tensors = load_safetensors(data)
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: not a whole safetensors file ({error})") from None
+    models = Models(config)
+    load_tensors(models, tensors, path)
+    provenance = _json(metadata["provenance"], path)
+    return Checkpoint(models.eval().requires_grad_(False), provenance, sha256(data))
+
+
+def read_metadata(data: bytes, path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file's bytes, its header's length checked first."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 2 <= length <= min(LONGEST_HEADER, len(data) - 8):
+        raise ArtefactError(
+            f"{path}: header of {length} bytes in a file of {len(data)}; expected a whole "
+            "safetensors file. Copy it again"
+        )
+    header = _json(data[8 : 8 + length], path)
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ArtefactError(f"{path}: header is no JSON object; expected a safetensors file")
+    return metadata
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy `tensors` into `module`; raises ArtefactError naming whatever differs."""
+    wanted = module.state_dict()
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    for name in wanted.keys() & tensors.keys():
+        found, expected = tensors[name], wanted[name]
+        if found.shape != expected.shape:
+            shapes = f"{tuple(found.shape)}; expected {tuple(expected.shape)}"
+            problems.append(f"{name} is {shapes}")
+        elif not found.is_floating_point():
+            problems.append(f"{name} is {found.dtype}; expected a floating-point type")
+        elif not torch.isfinite(found).all():
+            problems.append(f"{name} holds NaN or infinity")
+    if problems:
+        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = "; ".join(sorted(problems)[:LISTED])
+        raise ArtefactError(f"{path}: does not fit its configuration: {listed}{more}")
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def _json(text: str | bytes, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ArtefactError(f"{path}: metadata is not JSON ({error}); copy it again") from None

@@ -1,0 +1,149 @@
+"""Training images: MNIST from its IDX files, or any folder of images.
+
+Images are held as uint8 `[count, c, h, w]` with labels `[count]` int64.
+"""
+
+import gzip
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from runtime.errors import ArtefactError
+
+# SHA-256 of the four standard files, uncompressed (LeCun, Cortes and Burges, "MNIST").
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+IDX_UINT8 = 8
+MNIST_MARGIN = 2  # 28 × 28 digits in 32 × 32 images
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels uint8 `[count, c, h, w]`, labels int64 `[count]`, label names.
+
+    `pad`: another aspect ratio shows the whole image on a dark ground, else it crops.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    pad: bool
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, raw or gzip; checked before its size is believed.
+
+    Raises ArtefactError for a missing file, a wrong magic number or a wrong length.
+    """
+    packed = path.with_name(path.name + ".gz")
+    try:
+        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    except FileNotFoundError:
+        raise ArtefactError(
+            f"{path}: neither it nor {packed.name} is there; expected MNIST's IDX files. "
+            "Pass their folder with --data"
+        ) from None
+    except (OSError, EOFError) as error:
+        raise ArtefactError(f"{packed}: not a whole gzip file ({error}); copy it again") from None
+    if len(data) < 4 or data[:3] != bytes([0, 0, IDX_UINT8]):
+        raise ArtefactError(f"{path}: begins with {data[:4].hex()}; expected IDX magic 000008NN")
+    header = 4 + 4 * data[3]
+    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
+    expected = header + int(np.prod([int(side) for side in shape], dtype=object))
+    if len(data) != expected:
+        raise ArtefactError(
+            f"{path}: {len(data)} bytes; its header promises {expected} for {shape}. Copy it again"
+        )
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def load_mnist(folder: Path, split: str = "train", check_hash: bool = True) -> Images:
+    """MNIST's `train` (60,000) or `t10k` (10,000) split as 32 × 32 grey images.
+
+    `check_hash` compares with the standard files' SHA-256; raises ArtefactError.
+    """
+    arrays = {}
+    for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+        name = f"{split}-{kind}"
+        array = read_idx(folder / name)
+        magic = bytes([0, 0, IDX_UINT8, array.ndim])
+        header = magic + b"".join(side.to_bytes(4, "big") for side in array.shape)
+        found = hashlib.sha256(header + array.tobytes()).hexdigest()
+        if check_hash and found != MNIST_SHA256[name]:
+            raise ArtefactError(
+                f"{folder / name}: SHA-256 {found}; expected {MNIST_SHA256[name]} of the "
+                "standard file. Copy it again"
+            )
+        arrays[kind[:6]] = array
+    digits, labels = arrays["images"], arrays["labels"]
+    if digits.ndim != 3 or labels.shape != digits.shape[:1]:
+        raise ArtefactError(
+            f"{folder}: images {digits.shape} and labels {labels.shape} do not belong together"
+        )
+    margin = (MNIST_MARGIN, MNIST_MARGIN)
+    pixels = torch.from_numpy(np.pad(digits, ((0, 0), margin, margin)))
+    names = tuple(str(digit) for digit in range(10))
+    return Images(pixels.unsqueeze(1), torch.from_numpy(labels.astype(np.int64)), names, pad=True)
+
+
+def load_folder(folder: Path, channels: int, side: int, labels: int) -> Images:
+    """Every image under `folder`, cropped to its middle square and resized to side × side.
+
+    Sub-folders are the labels in the order of their names; images beside them have label 0.
+    `channels` is 1 (grey) or 3 (RGB). Raises ArtefactError for no image, an unreadable one,
+    or more label folders than `labels`.
+    """
+    from PIL import Image, ImageOps
+
+    names = tuple(sorted(path.name for path in folder.glob("*/"))) or ("image",)
+    if len(names) > labels:
+        raise ArtefactError(
+            f"{folder}: {len(names)} label folders; the configuration has {labels} labels. "
+            "Raise labels in [model.condition]"
+        )
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ArtefactError(f"{folder}: no image of {sorted(IMAGE_SUFFIXES)} found under it")
+    pixels = np.empty((len(paths), side, side, channels), np.uint8)
+    numbers = []
+    for index, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                square = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side))
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read as an image ({error})") from None
+        pixels[index] = np.asarray(square).reshape(side, side, channels)
+        parts = path.relative_to(folder).parts
+        numbers.append(names.index(parts[0]) if len(parts) > 1 else 0)
+    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return Images(channels_first, torch.tensor(numbers), names, pad=False)
+
+
+def fit(pixels: Tensor, height: int, width: int, pad: bool) -> Tensor:
+    """uint8 `[B, c, s, s]` -> float32 `[B, c, height, width]` in [-1, 1], undistorted.
+
+    Another aspect ratio is met by padding with -1 on both sides, or by cropping both sides.
+    """
+    x = pixels.float() / 127.5 - 1
+    side = min(height, width) if pad else max(height, width)
+    if side != x.shape[-1]:
+        x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+    if pad:
+        top, left = (height - side) // 2, (width - side) // 2
+        margins = (left, width - side - left, top, height - side - top)
+        return F.pad(x, margins, value=-1.0)
+    top, left = (side - height) // 2, (side - width) // 2
+    return x[..., top : top + height, left : left + width]

@@ -1,0 +1,420 @@
+"""Train R2IR, then R2ID on its latents: python -m reference.train --config mnist --data DIR.
+
+Every step draws its batch, sizes, dropout and noise from (seed, stage, step) alone, and a saved
+state holds the weights, their average, the optimizer and the step. A run that was killed and
+started again therefore ends, on a CPU, in the same bits as one that was not.
+"""
+
+import argparse
+import csv
+import json
+import math
+import platform
+import random
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reference import checkpoint
+from reference.data import Images, fit, load_folder, load_mnist
+from reference.initialisation import initialise_r2ir
+from reference.r2id import R2ID
+from reference.r2ir import R2IR, grid_tokens, tokens_from_grid
+from reference.text import LabelCondition
+from runtime.config import ModelConfig
+from runtime.errors import NumericalError, UsageError
+from runtime.files import atomic_write, read_bytes, remove_stale, sha256
+from runtime.schedule import OFFSET
+
+CONFIGS = Path(__file__).parent / "configs"
+STAGES = ("r2ir", "r2id")
+DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a loss needs besides the model: where it stands and what it may draw from."""
+
+    index: int
+    steps: int
+    images: Tensor  # uint8 [B, c, s, s]
+    labels: Tensor  # [B]
+    draw: random.Random  # sizes; tensors are drawn from torch's seeded generator
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """A named configuration of `reference/configs`, or a TOML file; raises UsageError."""
+    path = Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
+    try:
+        config = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        names = sorted(p.stem for p in CONFIGS.glob("*.toml"))
+        raise UsageError(f"--config {name}: no such file; expected one of {names}") from None
+    except ValueError as error:
+        raise UsageError(f"--config {name}: not TOML ({error})") from None
+    missing = [k for k in ("dataset", "seed", "image", "model", *STAGES) if k not in config]
+    if missing:
+        raise UsageError(f"--config {name}: lacks {missing}; compare with reference/configs")
+    return config
+
+
+def build_models(config: dict[str, Any], source: str) -> checkpoint.Models:
+    """Fresh models with the configuration's dropouts, initialised from its seed."""
+    torch.manual_seed(config["seed"])
+    dropouts = {
+        stage: {key: config[stage][key] for key in DROPOUTS if key in config[stage]}
+        for stage in STAGES
+    }
+    models = checkpoint.Models(ModelConfig.from_json(config["model"], source), **dropouts)
+    initialise_r2ir(models.r2ir)
+    return models
+
+
+def draw_size(draw: random.Random, sides: list[int], aspect: float) -> tuple[int, int]:
+    """A latent's (height, width): half the time square, sides log-uniform, within `aspect`."""
+
+    def side() -> int:
+        low, high = math.log(sides[0] - 0.5), math.log(sides[1] + 0.5)
+        return min(max(round(math.exp(draw.uniform(low, high))), sides[0]), sides[1])
+
+    height = width = side()
+    while draw.random() < 0.5:
+        height, width = side(), side()
+        if max(height, width) <= aspect * min(height, width):
+            break
+        height = width
+    return height, width
+
+
+def canvas(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Image (height, width) of the same aspect as latent `size`; its shorter side is `side`."""
+    shorter = min(size)
+    return round(side * size[0] / shorter), round(side * size[1] / shorter)
+
+
+def jittered(height: int, width: int, batch: int, share: float, device: torch.device) -> Tensor:
+    """Coordinates `[batch or 1, height · width, 4]` with `share` of the specified jitter.
+
+    Source: the specification's "Coordinates": σ is half a pixel, per sample and pixel.
+    """
+    plain = grid_tokens(height, width, device)
+    if share == 0:
+        return plain
+    longer = max(height, width)
+    sigma = torch.tensor([longer, longer, width, height], device=device).reciprocal() * share / 2
+    return plain + torch.randn(batch, *plain.shape[1:], device=device) * sigma
+
+
+class R2IRLoss:
+    """MSE of an image resampled to a latent of a drawn size and back."""
+
+    def __init__(self, config: dict[str, Any], models: checkpoint.Models, pad: bool):
+        self.config, self.pad = config, pad
+
+    def __call__(self, model: R2IR, step: Step) -> Tensor:
+        c, device, batch = self.config, step.images.device, len(step.images)
+        size = draw_size(step.draw, c["latent"], c["aspect"])
+        progress = step.index / step.steps
+        side = next((side for until, side in c["images"] if progress < until), c["images"][-1][1])
+        height, width = canvas(size, side)
+        pixels = tokens_from_grid(fit(step.images, height, width, self.pad))
+        image_at = jittered(height, width, batch, c["jitter"], device)
+        latent_at = jittered(*size, batch, c["jitter"], device)
+        latent = model.encode_tokens(pixels, image_at, latent_at)
+        query_at = jittered(height, width, batch, c["jitter"], device)
+        if 0 < c["queries"] < height * width:
+            chosen = torch.randperm(height * width, device=device)[: c["queries"]]
+            query_at, pixels = query_at[:, chosen], pixels[:, chosen]
+        return F.mse_loss(model.decode_tokens(latent, latent_at, query_at), pixels)
+
+
+class R2IDModels(nn.Module):
+    """R2ID and the condition, which are trained together."""
+
+    def __init__(self, models: checkpoint.Models):
+        super().__init__()
+        self.r2id: R2ID = models.r2id
+        self.condition: LabelCondition = models.condition
+
+
+class R2IDLoss:
+    """MSE of eps at a uniform t, in latents of a drawn size.
+
+    `condition_dropout` hides that share of the labels; "both" averages the loss under the null
+    and under the true condition, as published.
+    """
+
+    def __init__(self, config: dict[str, Any], models: checkpoint.Models, pad: bool):
+        self.config, self.pad, self.r2ir = config, pad, models.r2ir
+        self.labels = models.config.condition.labels
+        self.pixels_per_latent = models.config.pixels_per_latent
+
+    def __call__(self, model: R2IDModels, step: Step) -> Tensor:
+        c, device = self.config, step.images.device
+        size = draw_size(step.draw, c["latent"], c["aspect"])
+        image = fit(step.images, *canvas(size, step.images.shape[-1]), self.pad)
+        with torch.no_grad():
+            latent = self.r2ir.encode(image, size)
+        label = F.one_hot(step.labels, self.labels).float()  # [B, labels]
+        if c["condition_dropout"] == "both":
+            label = torch.stack([torch.zeros_like(label), label])  # [2, B, labels]
+        else:
+            shown = torch.rand(len(label), 1, device=device) >= c["condition_dropout"]
+            label = (label * shown).unsqueeze(0)  # [1, B, labels]
+        t = torch.rand(len(latent), device=device)
+        alpha_bar = torch.cos((t + OFFSET) / (1 + OFFSET) * math.pi / 2).square()
+        a = alpha_bar.view(-1, 1, 1, 1)
+        eps = torch.randn_like(latent)
+        noisy = a.sqrt() * latent + (1 - a).sqrt() * eps
+        at = jittered(*size, len(latent), c["jitter"], device)
+        predicted = model.r2id(noisy, alpha_bar, model.condition(label), at)
+        return F.mse_loss(predicted, eps.expand_as(predicted))
+
+
+class Run:
+    """One stage of training in a folder: its state on disk, its log, its loop."""
+
+    def __init__(self, name: str, config: dict[str, Any], seed: int, images: Images, out: Path):
+        self.name, self.config, self.seed, self.images = name, config[name], seed, images
+        self.steps: int = self.config["steps"]
+        self.state_path = out / f"{name}.state.safetensors"
+        self.log_path = out / f"{name}.csv"
+        # A state of another configuration or data set must not be continued with this one.
+        described = json.dumps([config, images.names, len(images)], sort_keys=True)
+        self.fingerprint = sha256(described.encode())
+        self.device = images.pixels.device
+
+    def train(self, model: nn.Module, loss_of: Callable[[Any, Step], Tensor], every: int) -> float:
+        """Train `model` to its averaged weights; returns the seconds spent, restarts included.
+
+        Saves a state each `every` steps and continues from the one it finds.
+        """
+        optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(0.9, 0.99), weight_decay=self.config["weight_decay"]
+        )
+        average = {name: p.detach().clone() for name, p in model.state_dict().items()}
+        step, seconds, rows = self._resume(model, average, optimizer)
+        if step < self.steps:
+            start = time.monotonic() - seconds
+            call = self._compiled(loss_of)
+            bar = tqdm(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
+            model.train()
+            while step < self.steps:
+                loss = self._step(model, call, optimizer, step)
+                step += 1
+                decay = min(self.config["ema"], (1 + step) / (10 + step))
+                for name, value in model.state_dict().items():
+                    average[name].lerp_(value, 1 - decay)
+                rows.append((step, loss))
+                bar.update()
+                if step % 20 == 0:
+                    bar.set_postfix(loss=f"{sum(r[1] for r in rows[-100:]) / len(rows[-100:]):.4f}")
+                if step % every == 0 or step == self.steps:
+                    seconds = time.monotonic() - start
+                    self._save(model, average, optimizer, (step, seconds, rows))
+            bar.close()
+        model.load_state_dict(average)
+        model.eval()
+        return seconds
+
+    def _step(
+        self,
+        model: nn.Module,
+        loss_of: Callable[[Any, Step], Tensor],
+        optimizer: torch.optim.Optimizer,
+        index: int,
+    ) -> float:
+        draw = random.Random(f"{self.seed}/{self.name}/{index}")
+        torch.manual_seed(draw.getrandbits(62))
+        chosen = self._batch(index).to(self.device)
+        batch = Step(
+            index, self.steps, self.images.pixels[chosen], self.images.labels[chosen], draw
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = self._rate(index)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss = loss_of(model, batch)
+        if not math.isfinite(loss.item()):
+            raise NumericalError(
+                f"{self.name}: the loss is {loss.item()} at step {index + 1}; expected a finite "
+                f"number. Lower learning_rate or clip; the last good state is {self.state_path}"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), self.config["clip"])
+        optimizer.step()
+        return float(loss.item())
+
+    def _batch(self, index: int) -> Tensor:
+        """The images of step `index`: each epoch is a permutation drawn from its number."""
+        per_epoch = max(len(self.images) // self.config["batch"], 1)
+        epoch, position = divmod(index, per_epoch)
+        generator = torch.Generator().manual_seed(
+            random.Random(f"{self.seed}/{self.name}/epoch {epoch}").getrandbits(62)
+        )
+        order = torch.randperm(len(self.images), generator=generator)
+        return order[position * self.config["batch"] :][: self.config["batch"]]
+
+    def _rate(self, index: int) -> float:
+        """Linear warm-up, then a cosine from `learning_rate` to `final_rate`."""
+        c = self.config
+        warmup = max(1, round(c["warmup"] * self.steps))
+        if index < warmup:
+            return float(c["learning_rate"]) * (index + 1) / warmup
+        progress = (index - warmup) / max(1, self.steps - warmup)
+        swing = (1 + math.cos(math.pi * progress)) / 2
+        return float(c["final_rate"] + (c["learning_rate"] - c["final_rate"]) * swing)
+
+    def _compiled(self, loss_of: Callable[[Any, Step], Tensor]) -> Callable[[Any, Step], Tensor]:
+        """Compiled on CUDA; plain on a CPU, where a resumed run must give the same bits."""
+        return torch.compile(loss_of, dynamic=True) if self.device.type == "cuda" else loss_of
+
+    def _save(
+        self,
+        model: nn.Module,
+        average: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        progress: tuple[int, float, list[tuple[int, float]]],
+    ) -> None:
+        step, seconds, rows = progress
+        with atomic_write(self.log_path) as file:
+            lines = (f"{number},{loss!r},{self._rate(number - 1)!r}" for number, loss in rows)
+            file.write(("step,loss,learning_rate\n" + "\n".join(lines) + "\n").encode())
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in average.items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        metadata = {
+            "step": str(step),
+            "seconds": f"{seconds:.1f}",
+            "fingerprint": self.fingerprint,
+        }
+        contiguous = {name: value.contiguous().clone() for name, value in tensors.items()}
+        with atomic_write(self.state_path) as file:
+            file.write(save_safetensors(contiguous, metadata))
+
+    def _resume(
+        self, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> tuple[int, float, list[tuple[int, float]]]:
+        """Continue from the saved state, where there is one: (step, seconds, log rows)."""
+        if not self.state_path.exists():
+            return 0, 0.0, []
+        data = read_bytes(self.state_path, "a training state", "Delete it to start anew")
+        metadata = checkpoint.read_metadata(data, self.state_path)
+        if metadata.get("fingerprint") != self.fingerprint:
+            raise UsageError(
+                f"{self.state_path}: belongs to another configuration or data set. "
+                "Give another --out, or delete the file to start anew"
+            )
+        tensors = load_safetensors(data)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            chosen = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+            return {k.removeprefix(prefix): v.to(self.device) for k, v in chosen.items()}
+
+        checkpoint.load_tensors(model, part("model."), self.state_path)
+        average.update(part("average."))
+        packed = optimizer.state_dict()
+        for name, value in part("optimizer.").items():
+            index, key = name.split(".", 1)
+            packed["state"].setdefault(int(index), {})[key] = value.cpu() if key == "step" else value
+        optimizer.load_state_dict(packed)
+        step = int(metadata["step"])
+        with self.log_path.open() as file:
+            logged = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(file)]
+        return step, float(metadata["seconds"]), logged[:step]
+
+
+def draw_losses(out: Path, runs: list[Run]) -> None:
+    """One picture of every stage's loss over its steps, smoothed over a hundredth of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+        with run.log_path.open() as file:
+            rows = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(file)]
+        width = max(1, len(rows) // 100)
+        smooth = [
+            sum(loss for _, loss in rows[i : i + width]) / len(rows[i : i + width])
+            for i in range(0, len(rows), width)
+        ]
+        axes.plot([step for step, _ in rows[::width]], smooth)
+        axes.set(title=run.name, xlabel="step", ylabel="loss (MSE)", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    with atomic_write(out / "loss.png") as png:
+        figure.savefig(png, format="png", dpi=120)
+
+
+def hardware(device: torch.device) -> str:
+    """What the training ran on, for the checkpoint's provenance."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
+def train(config: dict[str, Any], name: str, args: argparse.Namespace) -> Path:
+    """Both stages, then `checkpoint.safetensors` in the folder `args.out`; returns its path."""
+    device = torch.device(args.device)
+    images = load_images(config, args.data).to(device)
+    models = build_models(config, f"--config {name}").to(device)
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    remove_stale(out)
+    runs = [Run(stage, config, config["seed"], images, out) for stage in STAGES]
+    seconds = {
+        "r2ir": runs[0].train(
+            models.r2ir, R2IRLoss(config["r2ir"], images.pad), args.save_every
+        )
+    }
+    models.r2ir.requires_grad_(False)
+    seconds["r2id"] = runs[1].train(
+        R2IDModels(models), R2IDLoss(config["r2id"], models, images.pad), args.save_every
+    )
+    provenance = {
+        "command": f"python -m reference.train --config {name}",
+        "seconds": {stage: round(value) for stage, value in seconds.items()},
+        "hardware": hardware(device),
+        "torch": torch.__version__,
+        "config": config,
+        "labels": list(images.names),
+    }
+    path = out / "checkpoint.safetensors"
+    checkpoint.save(path, models, provenance, getattr(torch, args.dtype))
+    draw_losses(out, runs)
+    return path
+
+
+def load_images(config: dict[str, Any], folder: Path) -> Images:
+    """The configuration's data set out of `folder`."""
+    if config["dataset"] == "mnist":
+        return load_mnist(folder)
+    model = config["model"]
+    channels, labels = model["r2ir"]["color_channels"], model["condition"]["labels"]
+    return load_folder(folder, channels, config["image"], labels)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.train", description=__doc__)
+    parser.add_argument("--config", default="mnist", help="a name in reference/configs, or a .toml")
+    parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of states and checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    args = parser.parse_args(argv)
+    print(f"checkpoint: {train(read_config(args.config), args.config, args)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Files: whole or not at all on writing, hashed before parsing on reading."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from runtime.errors import ArtefactError, ResourceError
+
+TEMPORARY_PREFIX = ".partial-"
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_bytes(path: Path, what: str, remedy: str) -> bytes:
+    """The bytes of a file; raises ArtefactError naming `what` it should hold and the remedy."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; expected {what}. {remedy}") from None
+    except IsADirectoryError:
+        raise ArtefactError(f"{path}: is a folder; expected {what}. {remedy}") from None
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise ResourceError where `atomic_write(path)` could not succeed; leaves no trace."""
+    if path.is_dir():
+        raise ResourceError(f"{path}: is a folder; expected a file's name. Choose another output")
+    if path.is_symlink():
+        raise ResourceError(
+            f"{path}: is a symbolic link, which replacing would cut. Name its target instead"
+        )
+    if not path.parent.is_dir():
+        raise ResourceError(
+            f"{path.parent}: no such folder; expected one to write {path.name} in. "
+            f"Create it with: mkdir -p {path.parent}"
+        )
+    try:
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY_PREFIX, dir=path.parent):
+            pass
+    except OSError as error:
+        raise _resource_error(path, error) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends well, and leaves no trace else.
+
+    Written beside `path`, flushed to disk, renamed over it, and the folder flushed, so that
+    `path` is always the whole old file or the whole new one. Raises ResourceError.
+    """
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, ResourceError):
+            raise
+        raise _resource_error(path, error) from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed writers left in `folder`; only for a folder that one writer owns."""
+    for path in folder.glob(TEMPORARY_PREFIX + "*"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no handle of a folder to flush
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _resource_error(path: Path, error: OSError) -> ResourceError:
+    remedy = {
+        errno.ENOSPC: "Free some space or choose another folder",
+        errno.EROFS: "The folder is read-only: choose another",
+        errno.EACCES: "Permission is missing: choose another folder or change its mode",
+        errno.ENOENT: f"Create the folder with: mkdir -p {path.parent}",
+    }.get(error.errno or 0, "Choose another folder")
+    return ResourceError(
+        f"{path}: cannot be written ({error.strerror}); what was there before is intact. {remedy}"
+    )
