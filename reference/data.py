@@ -5,7 +5,7 @@ Images are held as uint8 `[count, c, h, w]` with labels `[count]` int64.
 
 import gzip
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,9 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def to(self, device: torch.device) -> "Images":
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reference.layers import LinearAttention
 from reference.r2ir import R2IR
 
-CELL_GAIN = 4.0  # sharpness of the bumps: gain of the query and key LayerNorm
+CELL_GAIN = 6.0  # sharpness of the bumps: gain of the query and key LayerNorm
 CELL_THRESHOLD = 1.5  # in units of the gain, how far a cell is closed away from its centre
 FREQUENCY_DECAY = 1.7  # per octave away from π, in the positional columns
 POSITION_RMS = 0.5  # of the tokens' positional part; values have 1

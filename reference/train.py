@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from reference import checkpoint
@@ -115,27 +116,39 @@ def jittered(height: int, width: int, batch: int, share: float, device: torch.de
     return plain + torch.randn(batch, *plain.shape[1:], device=device) * sigma
 
 
-class R2IRLoss:
+class R2IRTask:
     """MSE of an image resampled to a latent of a drawn size and back."""
 
     def __init__(self, config: dict[str, Any], models: checkpoint.Models, pad: bool):
         self.config, self.pad = config, pad
 
-    def __call__(self, model: R2IR, step: Step) -> Tensor:
+    def inputs(self, step: Step) -> tuple[Tensor, ...]:
+        """Pixels and their coordinates, latent coordinates, queries and the pixels there."""
         c, device, batch = self.config, step.images.device, len(step.images)
         size = draw_size(step.draw, c["latent"], c["aspect"])
         progress = step.index / step.steps
         side = next((side for until, side in c["images"] if progress < until), c["images"][-1][1])
         height, width = canvas(size, side)
-        pixels = tokens_from_grid(fit(step.images, height, width, self.pad))
+        pixels = wanted = tokens_from_grid(fit(step.images, height, width, self.pad))
         image_at = jittered(height, width, batch, c["jitter"], device)
         latent_at = jittered(*size, batch, c["jitter"], device)
-        latent = model.encode_tokens(pixels, image_at, latent_at)
         query_at = jittered(height, width, batch, c["jitter"], device)
         if 0 < c["queries"] < height * width:
             chosen = torch.randperm(height * width, device=device)[: c["queries"]]
-            query_at, pixels = query_at[:, chosen], pixels[:, chosen]
-        return F.mse_loss(model.decode_tokens(latent, latent_at, query_at), pixels)
+            query_at, wanted = query_at[:, chosen], pixels[:, chosen]
+        return pixels, image_at, latent_at, query_at, wanted
+
+    @staticmethod
+    def loss(
+        model: R2IR,
+        pixels: Tensor,
+        image_at: Tensor,
+        latent_at: Tensor,
+        query_at: Tensor,
+        wanted: Tensor,
+    ) -> Tensor:
+        latent = model.encode_tokens(pixels, image_at, latent_at)
+        return F.mse_loss(model.decode_tokens(latent, latent_at, query_at), wanted)
 
 
 class R2IDModels(nn.Module):
@@ -147,7 +160,7 @@ class R2IDModels(nn.Module):
         self.condition: LabelCondition = models.condition
 
 
-class R2IDLoss:
+class R2IDTask:
     """MSE of eps at a uniform t, in latents of a drawn size.
 
     `condition_dropout` hides that share of the labels; "both" averages the loss under the null
@@ -157,9 +170,9 @@ class R2IDLoss:
     def __init__(self, config: dict[str, Any], models: checkpoint.Models, pad: bool):
         self.config, self.pad, self.r2ir = config, pad, models.r2ir
         self.labels = models.config.condition.labels
-        self.pixels_per_latent = models.config.pixels_per_latent
 
-    def __call__(self, model: R2IDModels, step: Step) -> Tensor:
+    def inputs(self, step: Step) -> tuple[Tensor, ...]:
+        """Noisy latent, its alpha_bar, labels, coordinates and the noise in it."""
         c, device = self.config, step.images.device
         size = draw_size(step.draw, c["latent"], c["aspect"])
         image = fit(step.images, *canvas(size, step.images.shape[-1]), self.pad)
@@ -176,50 +189,77 @@ class R2IDLoss:
         a = alpha_bar.view(-1, 1, 1, 1)
         eps = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * eps
-        at = jittered(*size, len(latent), c["jitter"], device)
+        return noisy, alpha_bar, label, jittered(*size, len(latent), c["jitter"], device), eps
+
+    @staticmethod
+    def loss(
+        model: R2IDModels,
+        noisy: Tensor,
+        alpha_bar: Tensor,
+        label: Tensor,
+        at: Tensor,
+        eps: Tensor,
+    ) -> Tensor:
         predicted = model.r2id(noisy, alpha_bar, model.condition(label), at)
         return F.mse_loss(predicted, eps.expand_as(predicted))
+
+
+Task = R2IRTask | R2IDTask
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How steps run: where, compiled or plain, in bfloat16 or float32."""
+
+    device: torch.device
+    compile: bool
+    bf16: bool
+    save_every: int
 
 
 class Run:
     """One stage of training in a folder: its state on disk, its log, its loop."""
 
-    def __init__(self, name: str, config: dict[str, Any], seed: int, images: Images, out: Path):
-        self.name, self.config, self.seed, self.images = name, config[name], seed, images
+    def __init__(self, name: str, config: dict[str, Any], images: Images, out: Path, speed: Speed):
+        self.name, self.config, self.images, self.speed = name, config[name], images, speed
+        self.seed: int = config["seed"]
         self.steps: int = self.config["steps"]
         self.state_path = out / f"{name}.state.safetensors"
         self.log_path = out / f"{name}.csv"
         # A state of another configuration or data set must not be continued with this one.
         described = json.dumps([config, images.names, len(images)], sort_keys=True)
         self.fingerprint = sha256(described.encode())
-        self.device = images.pixels.device
 
-    def train(self, model: nn.Module, loss_of: Callable[[Any, Step], Tensor], every: int) -> float:
+    def train(self, model: nn.Module, task: Task) -> float:
         """Train `model` to its averaged weights; returns the seconds spent, restarts included.
 
-        Saves a state each `every` steps and continues from the one it finds.
+        Saves a state every `speed.save_every` steps and continues from the one it finds.
         """
         optimizer = torch.optim.AdamW(
-            model.parameters(), betas=(0.9, 0.99), weight_decay=self.config["weight_decay"]
+            model.parameters(),
+            betas=(0.9, 0.99),
+            weight_decay=self.config["weight_decay"],
+            fused=True,
         )
         average = {name: p.detach().clone() for name, p in model.state_dict().items()}
         step, seconds, rows = self._resume(model, average, optimizer)
         if step < self.steps:
             start = time.monotonic() - seconds
-            call = self._compiled(loss_of)
+            loss_of = torch.compile(task.loss, dynamic=True) if self.speed.compile else task.loss
             bar = tqdm(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
             model.train()
             while step < self.steps:
-                loss = self._step(model, call, optimizer, step)
+                inputs = task.inputs(self._batch(step))
+                loss = self._step(model, loss_of, inputs, optimizer, step)
                 step += 1
                 decay = min(self.config["ema"], (1 + step) / (10 + step))
-                for name, value in model.state_dict().items():
-                    average[name].lerp_(value, 1 - decay)
+                current = list(model.state_dict().values())
+                get_ema_multi_avg_fn(decay)(list(average.values()), current, step)
                 rows.append((step, loss))
                 bar.update()
                 if step % 20 == 0:
                     bar.set_postfix(loss=f"{sum(r[1] for r in rows[-100:]) / len(rows[-100:]):.4f}")
-                if step % every == 0 or step == self.steps:
+                if step % self.speed.save_every == 0 or step == self.steps:
                     seconds = time.monotonic() - start
                     self._save(model, average, optimizer, (step, seconds, rows))
             bar.close()
@@ -227,23 +267,30 @@ class Run:
         model.eval()
         return seconds
 
+    def _batch(self, index: int) -> Step:
+        """The images of step `index` and its random states; an epoch is a seeded permutation."""
+        draw = random.Random(f"{self.seed}/{self.name}/{index}")
+        torch.manual_seed(draw.getrandbits(62))
+        size = self.config["batch"]
+        epoch, position = divmod(index, max(len(self.images) // size, 1))
+        shuffle = random.Random(f"{self.seed}/{self.name}/epoch {epoch}")
+        generator = torch.Generator().manual_seed(shuffle.getrandbits(62))
+        order = torch.randperm(len(self.images), generator=generator)
+        chosen = order[position * size :][:size].to(self.speed.device)
+        return Step(index, self.steps, self.images.pixels[chosen], self.images.labels[chosen], draw)
+
     def _step(
         self,
         model: nn.Module,
-        loss_of: Callable[[Any, Step], Tensor],
+        loss_of: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
         optimizer: torch.optim.Optimizer,
         index: int,
     ) -> float:
-        draw = random.Random(f"{self.seed}/{self.name}/{index}")
-        torch.manual_seed(draw.getrandbits(62))
-        chosen = self._batch(index).to(self.device)
-        batch = Step(
-            index, self.steps, self.images.pixels[chosen], self.images.labels[chosen], draw
-        )
         for group in optimizer.param_groups:
             group["lr"] = self._rate(index)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = loss_of(model, batch)
+        with torch.autocast(self.speed.device.type, torch.bfloat16, enabled=self.speed.bf16):
+            loss = loss_of(model, *inputs)
         if not math.isfinite(loss.item()):
             raise NumericalError(
                 f"{self.name}: the loss is {loss.item()} at step {index + 1}; expected a finite "
@@ -255,16 +302,6 @@ class Run:
         optimizer.step()
         return float(loss.item())
 
-    def _batch(self, index: int) -> Tensor:
-        """The images of step `index`: each epoch is a permutation drawn from its number."""
-        per_epoch = max(len(self.images) // self.config["batch"], 1)
-        epoch, position = divmod(index, per_epoch)
-        generator = torch.Generator().manual_seed(
-            random.Random(f"{self.seed}/{self.name}/epoch {epoch}").getrandbits(62)
-        )
-        order = torch.randperm(len(self.images), generator=generator)
-        return order[position * self.config["batch"] :][: self.config["batch"]]
-
     def _rate(self, index: int) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_rate`."""
         c = self.config
@@ -274,10 +311,6 @@ class Run:
         progress = (index - warmup) / max(1, self.steps - warmup)
         swing = (1 + math.cos(math.pi * progress)) / 2
         return float(c["final_rate"] + (c["learning_rate"] - c["final_rate"]) * swing)
-
-    def _compiled(self, loss_of: Callable[[Any, Step], Tensor]) -> Callable[[Any, Step], Tensor]:
-        """Compiled on CUDA; plain on a CPU, where a resumed run must give the same bits."""
-        return torch.compile(loss_of, dynamic=True) if self.device.type == "cuda" else loss_of
 
     def _save(
         self,
@@ -320,14 +353,16 @@ class Run:
 
         def part(prefix: str) -> dict[str, Tensor]:
             chosen = {k: v for k, v in tensors.items() if k.startswith(prefix)}
-            return {k.removeprefix(prefix): v.to(self.device) for k, v in chosen.items()}
+            return {k.removeprefix(prefix): v.to(self.speed.device) for k, v in chosen.items()}
 
         checkpoint.load_tensors(model, part("model."), self.state_path)
         average.update(part("average."))
         packed = optimizer.state_dict()
         for name, value in part("optimizer.").items():
             index, key = name.split(".", 1)
-            packed["state"].setdefault(int(index), {})[key] = value.cpu() if key == "step" else value
+            packed["state"].setdefault(int(index), {})[key] = (
+                value.cpu() if key == "step" else value
+            )
         optimizer.load_state_dict(packed)
         step = int(metadata["step"])
         with self.log_path.open() as file:
@@ -365,23 +400,27 @@ def hardware(device: torch.device) -> str:
 def train(config: dict[str, Any], name: str, args: argparse.Namespace) -> Path:
     """Both stages, then `checkpoint.safetensors` in the folder `args.out`; returns its path."""
     device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    speed = Speed(
+        device,
+        compile=on_gpu if args.compile is None else args.compile,
+        bf16=on_gpu if args.bf16 is None else args.bf16,
+        save_every=args.save_every,
+    )
     images = load_images(config, args.data).to(device)
     models = build_models(config, f"--config {name}").to(device)
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     remove_stale(out)
-    runs = [Run(stage, config, config["seed"], images, out) for stage in STAGES]
-    seconds = {
-        "r2ir": runs[0].train(
-            models.r2ir, R2IRLoss(config["r2ir"], images.pad), args.save_every
-        )
-    }
+    runs = [Run(stage, config, images, out, speed) for stage in STAGES]
+    seconds = {"r2ir": runs[0].train(models.r2ir, R2IRTask(config["r2ir"], models, images.pad))}
     models.r2ir.requires_grad_(False)
-    seconds["r2id"] = runs[1].train(
-        R2IDModels(models), R2IDLoss(config["r2id"], models, images.pad), args.save_every
-    )
+    r2id_task = R2IDTask(config["r2id"], models, images.pad)
+    seconds["r2id"] = runs[1].train(R2IDModels(models), r2id_task)
     provenance = {
         "command": f"python -m reference.train --config {name}",
+        "compile": speed.compile,
+        "bf16": speed.bf16,
         "seconds": {stage: round(value) for stage, value in seconds.items()},
         "hardware": hardware(device),
         "torch": torch.__version__,
@@ -410,6 +449,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")
     parser.add_argument("--out", type=Path, required=True, help="folder of states and checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    optional = argparse.BooleanOptionalAction
+    parser.add_argument("--compile", action=optional, help="torch.compile (default: on CUDA)")
+    parser.add_argument("--bf16", action=optional, help="bfloat16 autocast (default: on CUDA)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     args = parser.parse_args(argv)
