@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: ONNX graphs with dynamic height and width, checked."""

@@ -226,8 +226,11 @@ class Run:
         self.steps: int = self.config["steps"]
         self.state_path = out / f"{name}.state.safetensors"
         self.log_path = out / f"{name}.csv"
-        # A state of another configuration or data set must not be continued with this one.
-        described = json.dumps([config, images.names, len(images)], sort_keys=True)
+        # A state of another model, data set or earlier stage must not be continued with this one.
+        stages = {stage: config[stage] for stage in STAGES[: STAGES.index(name) + 1]}
+        models = {stage: config["model"][stage] for stage in stages}
+        common = [config["seed"], config["dataset"], config["image"], images.names, len(images)]
+        described = json.dumps([stages, models, common], sort_keys=True)
         self.fingerprint = sha256(described.encode())
 
     def train(self, model: nn.Module, task: Task) -> float:
