@@ -1,10 +1,11 @@
-"""Initialisation of R2IR that lets its linear attention be local from the first step.
+"""Initialisation that lets linear attention be local from the first step.
 
 With default weights phi(q)·phi(k) is nearly the same for all pixels, every query reads one global
-mean, and thousands of steps pass before positions tell apart. Here each attention channel starts
-as a place cell: its logit is g · (cos f(x - x_c) + cos f(y - y_c)), a bump around a centre of its
-own, which is linear in the sines and cosines at f = π. Queries and keys share the cells, so that a
-query first reads the mean of what lies near it. None of this changes what a checkpoint means.
+mean, and thousands of steps pass before positions tell apart. Here each channel of a spatial
+attention starts as a place cell: its logit is g · (cos π(x - x_c) + cos π(y - y_c)), a bump around
+a centre of its own, which is linear in the positional sines and cosines at f = π. Queries and keys
+share the cells, so that a query first reads the mean of what lies near it. None of this changes
+what a checkpoint means.
 
 Shapes: d width, F frequencies, H heads, e = d / H cells per head.
 """
@@ -15,51 +16,87 @@ import torch
 from torch import Tensor, nn
 
 from reference.layers import LinearAttention
+from reference.r2id import R2ID
 from reference.r2ir import R2IR
 
-CELL_GAIN = 6.0  # sharpness of the bumps: gain of the query and key LayerNorm
+R2IR_CELL_GAIN = 6.0  # sharpness of the bumps: gain of the query and key LayerNorm
+R2ID_CELL_GAIN = 4.0
 CELL_THRESHOLD = 1.5  # in units of the gain, how far a cell is closed away from its centre
 FREQUENCY_DECAY = 1.7  # per octave away from π, in the positional columns
 POSITION_RMS = 0.5  # of the tokens' positional part; values have 1
-VALUE_SCALE = 2.0  # of the value and output projections, times PyTorch's default
-OUTPUT_STD = 0.01  # of the last projections: a large one saturates the tanh
+VALUE_SCALE = 2.0  # of R2IR's value and output projections, times PyTorch's default
+BLOCK_SCALE = 0.2  # of R2ID's blocks
+OUTPUT_STD = 0.01  # of the last projections: a large one saturates R2IR's tanh
 
 
 @torch.no_grad()
 def initialise_r2ir(model: R2IR) -> None:
     """Set the starting weights of `model` in place, drawing from torch's global generator.
 
-    A model without a frequency of π keeps PyTorch's default attention.
+    Values get columns of their own direction at random: a pixel's colour opens and closes cells.
     """
     config = model.config
     count = config.high_frequencies + config.low_frequencies
-    position = position_columns(config.width, count, config.low_frequencies)
+    position, _ = position_columns(config.width, count, config.low_frequencies)
     for linear in (model.query_in, model.color_in, model.latent_in):
         values = linear.in_features - 8 * count
-        columns = torch.randn(config.width, values) / math.sqrt(max(values, 1))
-        linear.weight.copy_(torch.cat([columns, position], 1))
-        nn.init.zeros_(linear.bias)
+        set_columns(linear, torch.randn(config.width, values), position)
     for linear in (model.latent_out, model.color_out):
-        nn.init.normal_(linear.weight, std=OUTPUT_STD)
-        nn.init.zeros_(linear.bias)
+        start_small(linear)
     for block in (*model.encoder, *model.decoder):
         nn.init.ones_(block.block_scale)
-        if config.high_frequencies:
-            place_cells(block.attention, position, count, config.low_frequencies)
+        place_cells(block.attention, position, config.low_frequencies, R2IR_CELL_GAIN)
+        block.attention.value.weight.mul_(VALUE_SCALE)
+        block.attention.out.weight.mul_(VALUE_SCALE)
 
 
-def position_columns(width: int, count: int, pi_index: int) -> Tensor:
-    """Orthogonal columns `[d, 8F]` that shrink away from the frequency π (index `pi_index`)."""
+@torch.no_grad()
+def initialise_r2id(model: R2ID) -> None:
+    """As for R2IR, but the noisy values keep out of the cells' directions where there is room."""
+    config = model.config
+    count = config.high_frequencies + config.low_frequencies
+    position, free = position_columns(config.width, count, config.low_frequencies)
+    values = torch.randn(config.width, config.latent_channels)
+    if free.shape[1] >= config.latent_channels:
+        values = free[:, : config.latent_channels] * math.sqrt(config.width)
+    set_columns(model.latent_in, values, position)
+    start_small(model.eps_out)
+    for block in (*model.encoder, *model.decoder):
+        nn.init.constant_(block.block_scale, BLOCK_SCALE)
+        place_cells(block.attention, position, config.low_frequencies, R2ID_CELL_GAIN)
+
+
+def position_columns(width: int, count: int, pi_index: int) -> tuple[Tensor, Tensor]:
+    """Orthogonal columns `[d, 8F]` that shrink away from the frequency π, and the rest."""
     octaves = (torch.arange(count) - pi_index).abs()
     weight = (FREQUENCY_DECAY**-octaves).repeat(8)
     side = max(width, 8 * count)
-    columns = torch.linalg.qr(torch.randn(side, side)).Q[:width, : 8 * count] * weight
-    return columns * POSITION_RMS / columns.square().sum(1).mean().sqrt()
+    basis = torch.linalg.qr(torch.randn(side, side)).Q[:width]
+    columns = basis[:, : 8 * count] * weight
+    rms = columns.square().sum(1).mean().sqrt()
+    return columns * POSITION_RMS / rms, basis[:, 8 * count :]
 
 
-def place_cells(attention: LinearAttention, position: Tensor, count: int, pi_index: int) -> None:
-    """Make the query and key channels bumps over both coordinate systems."""
-    width = len(position)
+def set_columns(linear: nn.Linear, values: Tensor, position: Tensor) -> None:
+    """Input columns: values `[d, C]` of unit variance together, then the positional ones."""
+    linear.weight.copy_(torch.cat([values / math.sqrt(max(values.shape[1], 1)), position], 1))
+    nn.init.zeros_(linear.bias)
+
+
+def start_small(linear: nn.Linear) -> None:
+    """Outputs near zero with a gradient that is not."""
+    nn.init.normal_(linear.weight, std=OUTPUT_STD)
+    nn.init.zeros_(linear.bias)
+
+
+def place_cells(attention: LinearAttention, position: Tensor, pi_index: int, gain: float) -> None:
+    """Make the query and key channels bumps over both coordinate systems.
+
+    `position [d, 8F]` are the input's positional columns. Without a frequency of π nothing is set.
+    """
+    width, count = len(position), position.shape[1] // 8
+    if pi_index >= count:
+        return
     centres = cell_centres(attention.heads, width // attention.heads)  # [d, 2]
     bumps = torch.zeros(2, 4, count, width)  # system; sin x, sin y, cos x, cos y; frequency
     angle = math.pi * centres.T  # [2, d]
@@ -70,10 +107,8 @@ def place_cells(attention: LinearAttention, position: Tensor, count: int, pi_ind
         projection.weight.copy_(weight)
         nn.init.zeros_(projection.bias)
     for norm in (attention.query_norm, attention.key_norm):
-        nn.init.constant_(norm.weight, CELL_GAIN)
-        nn.init.constant_(norm.bias, -CELL_GAIN * CELL_THRESHOLD)
-    attention.value.weight.mul_(VALUE_SCALE)
-    attention.out.weight.mul_(VALUE_SCALE)
+        nn.init.constant_(norm.weight, gain)
+        nn.init.constant_(norm.bias, -gain * CELL_THRESHOLD)
 
 
 def cell_centres(heads: int, cells: int) -> Tensor:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from reference import checkpoint
 from reference.data import Images, fit, load_folder, load_mnist
-from reference.initialisation import initialise_r2ir
+from reference.initialisation import initialise_r2id, initialise_r2ir
 from reference.r2id import R2ID
 from reference.r2ir import R2IR, grid_tokens, tokens_from_grid
 from reference.text import LabelCondition
@@ -78,6 +78,7 @@ def build_models(config: dict[str, Any], source: str) -> checkpoint.Models:
     }
     models = checkpoint.Models(ModelConfig.from_json(config["model"], source), **dropouts)
     initialise_r2ir(models.r2ir)
+    initialise_r2id(models.r2id)
     return models
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def remove_stale(folder: Path) -> None:
     """Remove what killed writers left in `folder`; only for a folder that one writer owns."""
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,114 @@
+"""Export a checkpoint into a bundle: python -m export --checkpoint C --out build/mnist."""
+
+import argparse
+import os
+import platform
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from tqdm import tqdm
+
+from export.to_onnx import OPSET, GraphSource, onnx_from_source, sources
+from export.verify import parity, trajectory_parity
+from reference import checkpoint
+from runtime import cli
+from runtime.engines import EngineOptions
+from runtime.engines.onnxruntime import OnnxRuntimeEngine
+from runtime.errors import ResourceError
+from runtime.files import TEMPORARY_PREFIX, remove_stale, sha256
+from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
+from runtime.schedule import FLOOR, OFFSET
+
+SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "mnist.safetensors"
+LARGEST = {"batch": 4096, "conditions": 64, "height": 65536, "width": 65536, "steps": 10_001}
+
+
+def export(args: argparse.Namespace) -> None:
+    """Make a bundle in a folder beside its place, check it whole, then put it there."""
+    loaded = checkpoint.load(args.checkpoint)
+    out: Path = args.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_stale(out)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=out) as staging:
+            manifest = make_bundle(loaded, Path(staging))
+            for spec in manifest.graphs.values():
+                os.replace(Path(staging) / spec.file, out / spec.file)
+            manifest.write(out)
+    except OSError as error:
+        if isinstance(error, ResourceError):
+            raise
+        raise ResourceError(
+            f"{out}: cannot be written ({error.strerror or error}). Choose another --out"
+        ) from None
+    print(f"bundle: {out} ({len(manifest.graphs)} graphs, {worst(manifest)})")
+
+
+def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
+    """Write every graph into `folder`, each checked against PyTorch, and check a trajectory."""
+    config = loaded.models.config
+    bar = tqdm(sources(loaded.models), desc="export", unit="graph")
+    specs = {}
+    for source in bar:
+        bar.set_postfix_str(source.name)
+        specs[source.name] = export_graph(source, folder)
+    names = loaded.provenance.get("labels") or map(str, range(config.condition.labels))
+    manifest = Manifest(
+        model=config,
+        labels=tuple(names),
+        checkpoint={"sha256": loaded.sha256, "provenance": loaded.provenance},
+        versions={
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "python": platform.python_version(),
+            "opset": str(OPSET),
+        },
+        schedule={"name": "cosine", "offset": OFFSET, "floor": FLOOR},
+        trajectory={},
+        graphs=specs,
+        folder=folder,
+    )
+    return replace(manifest, trajectory=trajectory_parity(loaded.models, manifest))
+
+
+def export_graph(source: GraphSource, folder: Path) -> GraphSpec:
+    """One graph's file, its spec and its parity on ONNX Runtime."""
+    path = folder / f"{source.name}.onnx"
+    onnx_from_source(source, path)
+    data = path.read_bytes()
+    axes = {axis for spec in source.inputs for axis in spec.axes if isinstance(axis, str)}
+    spec = GraphSpec(
+        file=path.name,
+        sha256=sha256(data),
+        precision="fp32",
+        inputs=source.inputs,
+        outputs=source.outputs,
+        ranges={axis: (1, high) for axis, high in LARGEST.items() if axis in axes},
+    )
+    engine = OnnxRuntimeEngine(spec, data, EngineOptions())
+    return replace(spec, parity=parity(source, engine.run))
+
+
+def worst(manifest: Manifest) -> str:
+    """The largest error of any graph at any size, in words."""
+    error, name = max(
+        (row["error"], name) for name, spec in manifest.graphs.items() for row in spec.parity
+    )
+    return f"largest difference from PyTorch {error:.1e} in {name}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a .safetensors file")
+    parser.add_argument("--out", type=Path, default=DEFAULT_BUNDLE, help="folder of the bundle")
+    cli.run(export, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Parity of every exported graph with PyTorch, at sizes that the exporter never saw."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+
+from export.to_onnx import GraphSource
+from reference.checkpoint import Models
+from runtime import ddim, schedule
+from runtime.errors import ArtefactError
+from runtime.manifest import Array, Manifest
+from runtime.pipeline import Pipeline
+
+TOLERANCE = 1e-4
+TRAJECTORY_TOLERANCE = 1e-3
+TRAJECTORY_STEPS = 20
+TRAJECTORY_SIZE = (9, 6)
+SIZES = ((1, 1), (1, 9), (7, 5), (16, 16), (31, 64), (64, 64))
+SMALL_GRAPH_SIZES = (*SIZES, (2, 2), (3, 128), (97, 101))
+BATCHES = (1, 3)
+CONDITIONS = (1, 2, 3)
+STEPS = (1, 5, 51)
+
+Run = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+def size_cases(source: GraphSource) -> Iterator[dict[str, int]]:
+    """Sizes of the graph's named axes: all grids, batches, conditions and step counts."""
+    axes = {axis for spec in source.inputs for axis in spec.axes if isinstance(axis, str)}
+    small = source.name == "r2id_position"
+    grids = (SMALL_GRAPH_SIZES if small else SIZES) if "height" in axes else ((0, 0),)
+    batches = BATCHES if "batch" in axes else (0,)
+    conditions = CONDITIONS if "conditions" in axes else (0,)
+    steps = STEPS if "steps" in axes else (0,)
+    for (height, width), batch, count, step in product(grids, batches, conditions, steps):
+        sizes = {"height": height, "width": width, "batch": batch}
+        sizes |= {"conditions": count, "steps": step}
+        yield {axis: sizes[axis] for axis in sizes if axis in axes}
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """max |found - wanted| / max |wanted|; infinite where shapes differ or a NaN shows."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    error = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+    return error if np.isfinite(error) else float("inf")
+
+
+def parity(source: GraphSource, run: Run, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+    """Errors of `run` against the module at every size case; raises ArtefactError over it."""
+    rows = []
+    for number, sizes in enumerate(size_cases(source)):
+        inputs = source.example(sizes, torch.Generator().manual_seed(number))
+        with torch.inference_mode():
+            wanted = source.module(*inputs)
+        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+        names = [spec.name for spec in source.inputs]
+        found = run({k: v.numpy() for k, v in zip(names, inputs, strict=True)})
+        error = max(
+            relative_error(found[spec.name], tensor.numpy())
+            for spec, tensor in zip(source.outputs, wanted, strict=True)
+        )
+        if not error <= tolerance:
+            raise ArtefactError(
+                f"{source.name}: differs from PyTorch by {error:.2e} at {sizes}; expected at most "
+                f"{tolerance:.0e}. The export is stopped and no manifest is written"
+            )
+        rows.append({**sizes, "error": float(f"{error:.2e}")})
+    return rows
+
+
+def trajectory_parity(models: Models, manifest: Manifest) -> dict[str, Any]:
+    """A whole guided trajectory and its picture: the bundle against the reference models.
+
+    This compares with `reference/`, not with the modules that were exported, so that it also
+    guards the rewrites. Raises ArtefactError.
+    """
+    height, width = TRAJECTORY_SIZE
+    labels, ratio = models.config.condition.labels, models.config.pixels_per_latent
+    one_hot = torch.zeros(2, 1, labels)
+    one_hot[1, 0, labels // 2] = 1
+    pipeline = Pipeline(manifest)
+    start = torch.from_numpy(pipeline.noise(0, [0], TRAJECTORY_SIZE).draw())
+    alpha_bars = torch.from_numpy(schedule.sampling_alpha_bar(TRAJECTORY_STEPS)).float()
+    with torch.inference_mode():
+        text = models.condition(one_hot)
+
+        def denoise(x: torch.Tensor, step: int) -> torch.Tensor:
+            eps: torch.Tensor = models.r2id(x, alpha_bars[step].expand(1), text)
+            return eps
+
+        wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, (-1.0, 2.0)).x
+        pixels = models.r2ir.decode(wanted, (ratio * height, ratio * width))
+    made = pipeline.generate(
+        labels=[labels // 2],
+        latent=TRAJECTORY_SIZE,
+        steps=TRAJECTORY_STEPS,
+        guidance_scale=2.0,
+        seed=0,
+    )
+    errors = {
+        "latent": relative_error(made.latents, wanted.numpy()),
+        "pixels": relative_error(made.images, pixels.numpy()),
+    }
+    if not max(errors.values()) <= TRAJECTORY_TOLERANCE:
+        raise ArtefactError(
+            f"{TRAJECTORY_STEPS} DDIM steps through the graphs differ from PyTorch by {errors}; "
+            f"expected at most {TRAJECTORY_TOLERANCE:.0e}"
+        )
+    rounded = {key: float(f"{error:.2e}") for key, error in errors.items()}
+    return {"steps": TRAJECTORY_STEPS, "height": height, "width": width, **rounded}

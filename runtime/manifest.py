@@ -1,0 +1,196 @@
+"""The manifest of a bundle: what each graph takes and gives, and the hash of each file.
+
+It is written last, so a folder with a manifest is a whole bundle.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.config import ModelConfig
+from runtime.errors import ArtefactError, UsageError
+from runtime.files import atomic_write, read_bytes, sha256
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+DEFAULT_BUNDLE = Path("build/mnist")
+REBUILD = "Make the bundle again with: make export"
+
+Axis = str | int
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: named axes are dynamic, numbers are fixed."""
+
+    name: str
+    dtype: str
+    axes: tuple[Axis, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape at `sizes` of the named axes."""
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its file and hash, interface, legal range per axis, and measured parity.
+
+    `parity`: sizes of the named axes with `error`, max |difference| / max |PyTorch|.
+    """
+
+    file: str
+    sha256: str
+    precision: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    ranges: dict[str, tuple[int, int]]
+    parity: list[dict[str, Any]] = field(default_factory=list)
+
+    def check_inputs(self, inputs: Mapping[str, Array]) -> None:
+        """Raise UsageError where an input is missing or its shape or dtype does not fit."""
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            array = inputs.get(spec.name)
+            if array is None:
+                raise UsageError(f"{self.file}: input {spec.name} is missing; found {[*inputs]}")
+            if array.dtype != np.dtype(spec.dtype) or array.ndim != len(spec.axes):
+                raise UsageError(
+                    f"{self.file}: {spec.name} is {array.dtype} {array.shape}; "
+                    f"expected {spec.dtype} {spec.axes}"
+                )
+            for axis, side in zip(spec.axes, array.shape, strict=True):
+                expected = sizes.setdefault(axis, side) if isinstance(axis, str) else axis
+                if side != expected:
+                    raise UsageError(
+                        f"{self.file}: {spec.name} is {array.shape}; expected {spec.axes} "
+                        f"with {axis} = {expected}"
+                    )
+        for axis, (low, high) in self.ranges.items():
+            if axis in sizes and not low <= sizes[axis] <= high:
+                raise UsageError(
+                    f"{self.file}: {axis} {sizes[axis]} is outside its range {low}..{high}; "
+                    f"the nearest legal value is {min(max(sizes[axis], low), high)}"
+                )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's manifest, checked on reading; `folder` and `sha256` are of its own file."""
+
+    model: ModelConfig
+    labels: tuple[str, ...]
+    checkpoint: dict[str, Any]
+    versions: dict[str, str]
+    schedule: dict[str, Any]
+    trajectory: dict[str, Any]
+    graphs: dict[str, GraphSpec]
+    folder: Path = Path()
+    sha256: str = ""
+
+    def graph(self, name: str) -> GraphSpec:
+        """The spec of a graph; raises ArtefactError where the bundle lacks it."""
+        if name not in self.graphs:
+            raise ArtefactError(
+                f"{self.folder / FILE_NAME}: names no graph {name}; found {[*self.graphs]}. "
+                f"{REBUILD}"
+            )
+        return self.graphs[name]
+
+    def graph_bytes(self, name: str) -> bytes:
+        """A graph's file, read once and compared with its hash; raises ArtefactError."""
+        spec = self.graph(name)
+        path = self.folder / spec.file
+        data = read_bytes(path, f"the graph {name}", REBUILD)
+        if sha256(data) != spec.sha256:
+            raise ArtefactError(
+                f"{path}: SHA-256 {sha256(data)}; the manifest expects {spec.sha256}. The file "
+                f"is damaged, altered or of another bundle. {REBUILD}"
+            )
+        return data
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json` into `folder`: the bundle's commit mark."""
+        data = asdict(self)
+        del data["folder"], data["sha256"]
+        with atomic_write(folder / FILE_NAME) as file:
+            file.write(json.dumps({"format": FORMAT, **data}, indent=1).encode() + b"\n")
+
+
+def find_bundle(engine: Path) -> Path:
+    """The folder of a bundle, given the folder or any engine file in it.
+
+    A bare file name is looked for in the working folder, then in `build/mnist`. Raises
+    ArtefactError.
+    """
+    if (engine / FILE_NAME).is_file():
+        return engine
+    if engine.is_file() and (engine.parent / FILE_NAME).is_file():
+        return engine.parent
+    if engine.parent == Path() and (DEFAULT_BUNDLE / engine).is_file():
+        return DEFAULT_BUNDLE
+    found = "a folder without" if engine.is_dir() else "a file without" if engine.is_file() else ""
+    there = f"{found} {FILE_NAME} beside it" if found else "no such file or folder"
+    raise ArtefactError(f"{engine}: {there}; expected a bundle or an engine file in one. {REBUILD}")
+
+
+def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
+    """Read and check a bundle's manifest; raises ArtefactError.
+
+    `expect_sha256` pins the manifest, and through its hashes every file, to a trusted one.
+    """
+    path = folder / FILE_NAME
+    data = read_bytes(path, "a bundle's manifest", REBUILD)
+    found = sha256(data)
+    if expect_sha256 is not None and found != expect_sha256.lower():
+        raise ArtefactError(f"{path}: SHA-256 {found}; expected {expect_sha256}. Do not use it")
+    try:
+        content = json.loads(data)
+        if content["format"] != FORMAT:
+            raise ArtefactError(
+                f"{path}: format {content['format']}; this version reads {FORMAT}. {REBUILD}"
+            )
+        model = ModelConfig.from_json(content["model"], str(path))
+        graphs = {name: _graph(spec) for name, spec in content["graphs"].items()}
+        manifest = Manifest(
+            model,
+            tuple(str(label) for label in content["labels"]),
+            dict(content["checkpoint"]),
+            dict(content["versions"]),
+            dict(content["schedule"]),
+            dict(content["trajectory"]),
+            graphs,
+            folder,
+            found,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ArtefactError):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"{path}: not a manifest ({reason}). {REBUILD}") from None
+    for name, spec in graphs.items():
+        if Path(spec.file).name != spec.file:
+            raise ArtefactError(f"{path}: {name} lies at {spec.file!r}, outside the bundle")
+    return manifest
+
+
+def _graph(data: dict[str, Any]) -> GraphSpec:
+    def tensors(key: str) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["axes"])) for t in data[key])
+
+    ranges = {axis: (int(low), int(high)) for axis, (low, high) in data["ranges"].items()}
+    return GraphSpec(
+        str(data["file"]),
+        str(data["sha256"]),
+        str(data["precision"]),
+        tensors("inputs"),
+        tensors("outputs"),
+        ranges,
+        list(data["parity"]),
+    )

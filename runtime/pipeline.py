@@ -1,0 +1,221 @@
+"""A bundle opened: generate, encode, decode, resample. numpy in, numpy out.
+
+Letters: B images, K conditions, C latent channels, c colours, H × W latent, h × w pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import ddim, schedule
+from runtime.coordinates import grid
+from runtime.engines import Engine, EngineOptions, check_engine_kind, open_engine
+from runtime.errors import UsageError
+from runtime.manifest import Array, Manifest, find_bundle, read_manifest
+from runtime.noise import LARGEST_SEED, NoiseStreams
+
+Size = tuple[int, int]
+# One image's condition: a label's number, several with weights, or None for no condition.
+Label = int | Mapping[int, float] | None
+
+MOST_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Generated:
+    """images float32 `[B, c, h, w]` in [-1, 1], latents float32 `[B, C, H, W]`."""
+
+    images: NDArray[np.float32]
+    latents: NDArray[np.float32]
+
+
+def open_bundle(
+    engine: str | Path, options: EngineOptions | None = None, expect_sha256: str | None = None
+) -> "Pipeline":
+    """Open a bundle's folder or any engine file in it.
+
+    `expect_sha256` pins the manifest to a trusted one. Raises ArtefactError for a bundle that is
+    not whole, IncompatibleError for an engine that cannot run here.
+    """
+    path = Path(engine)
+    check_engine_kind(path)
+    return Pipeline(read_manifest(find_bundle(path), expect_sha256), options)
+
+
+class Pipeline:
+    """A bundle's graphs, each opened when it is first needed and kept."""
+
+    def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
+        self.manifest = manifest
+        self.options = options or EngineOptions()
+        self.model = manifest.model
+        self._engines: dict[str, Engine] = {}
+
+    def engine(self, graph: str) -> Engine:
+        """The engine of a graph, opened on first use."""
+        if graph not in self._engines:
+            self._engines[graph] = open_engine(self.manifest, graph, self.options)
+        return self._engines[graph]
+
+    def noise(self, seed: int, indices: Sequence[int], latent: Size) -> NoiseStreams:
+        """The noise streams of images `indices` at a latent size."""
+        return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent))
+
+    def image_size(self, latent: Size) -> Size:
+        """The image size that a latent of this size was trained to decode to."""
+        ratio = self.model.pixels_per_latent
+        return latent[0] * ratio, latent[1] * ratio
+
+    def latent_size(self, image: Size) -> Size:
+        """The latent size that an image of this size was trained to encode to."""
+        ratio = self.model.pixels_per_latent
+        return max(1, round(image[0] / ratio)), max(1, round(image[1] / ratio))
+
+    def generate(
+        self,
+        labels: Sequence[Label],
+        latent: Size | None = None,
+        image: Size | None = None,
+        steps: int = 50,
+        guidance_scale: float = 3.0,
+        eta: float = 0.0,
+        seed: int = 0,
+        first_index: int = 0,
+        on_step: Callable[[int], None] | None = None,
+    ) -> Generated:
+        """Draw one image per entry of `labels` as one batch.
+
+        Image i has the noise of (seed, first_index + i). `image` defaults to the training ratio
+        of `latent`. guidance_scale 1 runs the condition alone, 0 the null condition alone.
+        Raises UsageError before any engine is opened, NumericalError naming the step.
+        """
+        latent = latent or self.model.default_latent
+        image = image or self.image_size(latent)
+        self.check_request(labels, latent, image, steps, guidance_scale, eta, seed)
+        indices = range(first_index, first_index + len(labels))
+        conditions, weights = self.branches(labels, guidance_scale)
+        noise = self.noise(seed, indices, latent)
+        denoise = self.denoiser(conditions, latent, steps)
+        result = ddim.sample(
+            denoise, noise.draw(), steps, weights, eta, lambda step: noise.draw(), on_step
+        )
+        x: NDArray[np.float32] = result.x
+        return Generated(self.decode(x, image), x)
+
+    def check_request(
+        self,
+        labels: Sequence[Label],
+        latent: Size,
+        image: Size,
+        steps: int,
+        guidance_scale: float,
+        eta: float,
+        seed: int,
+    ) -> None:
+        """Raise UsageError for a request that the bundle cannot meet."""
+        self.check_size("r2id", latent)
+        self.check_size("r2ir_decode", image)
+        limits = {
+            "steps": (steps, 1, MOST_STEPS),
+            "guidance_scale": (guidance_scale, -100, 100),
+            "eta": (eta, 0, 10),
+            "seed": (seed, 0, LARGEST_SEED),
+        }
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:
+                raise UsageError(f"{name} is {value}; expected {low} to {high}")
+        if not labels:
+            raise UsageError("no label is given; expected one per image, None for no condition")
+        count = self.model.condition.labels
+        for label in labels:
+            for number in _weighted(label):
+                if not 0 <= number < count:
+                    raise UsageError(
+                        f"label {number} is not in this bundle; expected 0 to {count - 1} "
+                        f"({', '.join(self.manifest.labels)})"
+                    )
+
+    def check_size(self, graph: str, size: Size) -> None:
+        """Raise UsageError where `size` (height, width) is outside a graph's range."""
+        ranges = self.manifest.graph(graph).ranges
+        (low_h, high_h), (low_w, high_w) = ranges["height"], ranges["width"]
+        if not (low_h <= size[0] <= high_h and low_w <= size[1] <= high_w):
+            nearest = (min(max(size[0], low_h), high_h), min(max(size[1], low_w), high_w))
+            raise UsageError(
+                f"size {size[0]}x{size[1]} is outside the range of {graph}, "
+                f"{low_h}x{low_w} to {high_h}x{high_w}; the nearest is {nearest[0]}x{nearest[1]}"
+            )
+
+    def branches(
+        self, labels: Sequence[Label], guidance_scale: float
+    ) -> tuple[Array, list[NDArray[np.float32]]]:
+        """Conditions `[K, B, labels]` and each branch's weight per image, `[B, 1, 1, 1]`.
+
+        eps = eps_null + g · Σ w_i (eps_i - eps_null); branches of weight 0 in all images drop out.
+        """
+        weighted = [_weighted(label) for label in labels]
+        count = 1 + max(len(w) for w in weighted)
+        conditions = np.zeros((count, len(labels), self.model.condition.labels), np.float32)
+        weights = np.zeros((count, len(labels)), np.float32)
+        for image, own in enumerate(weighted):
+            for branch, (number, weight) in enumerate(own.items(), 1):
+                conditions[branch, image, number] = 1
+                weights[branch, image] = guidance_scale * weight
+            weights[0, image] = 1 - weights[1:, image].sum()
+        used = np.abs(weights).max(1) > 0
+        return conditions[used], [w.reshape(-1, 1, 1, 1) for w in weights[used]]
+
+    def denoiser(self, conditions: Array, latent: Size, steps: int) -> ddim.Denoiser:
+        """eps of `r2id` with all that outlives a step computed here."""
+        count, batch, labels = conditions.shape
+        unique, place = np.unique(conditions.reshape(-1, labels), axis=0, return_inverse=True)
+        text = self.engine("r2id_condition").run({"condition": unique})
+        gathered = {
+            name: np.ascontiguousarray(value[place.reshape(-1)].reshape(count, batch, *value.shape[1:]))
+            for name, value in text.items()
+        }
+        alpha_bar = schedule.sampling_alpha_bar(steps).astype(np.float32)
+        film = self.engine("r2id_film").run({"alpha_bar": alpha_bar})["film"]
+        position = self.engine("r2id_position").run({"coordinates": grid(*latent)})["position"]
+        engine = self.engine("r2id")
+
+        def denoise(x: Array, step: int) -> Array:
+            inputs = {"latent": x, "position": position, "film": film[step], **gathered}
+            return engine.run(inputs)["eps"]
+
+        return denoise
+
+    def encode(self, pixels: Array, size: Size) -> NDArray[np.float32]:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
+        self.check_size("r2ir_encode", size)
+        height, width = pixels.shape[2:]
+        sums = self.engine("r2ir_image_summary").run(
+            {"pixels": pixels, "coordinates": grid(height, width)}
+        )
+        return self.engine("r2ir_encode").run({"coordinates": grid(*size), **sums})["latent"]
+
+    def decode(self, latent: Array, size: Size) -> NDArray[np.float32]:
+        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]."""
+        self.check_size("r2ir_decode", size)
+        height, width = latent.shape[2:]
+        sums = self.engine("r2ir_latent_summary").run(
+            {"latent": latent, "coordinates": grid(height, width)}
+        )
+        return self.engine("r2ir_decode").run({"coordinates": grid(*size), **sums})["pixels"]
+
+    def resample(self, pixels: Array, size: Size, latent: Size | None = None) -> Array:
+        """Pixels `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.
+
+        `latent` defaults to the training ratio of the pixels' own size.
+        """
+        height, width = pixels.shape[2:]
+        return self.decode(self.encode(pixels, latent or self.latent_size((height, width))), size)
+
+
+def _weighted(label: Label) -> dict[int, float]:
+    if label is None:
+        return {}
+    return dict(label) if isinstance(label, Mapping) else {int(label): 1.0}
