@@ -1,7 +1,6 @@
 """Export a checkpoint into a bundle: python -m export --checkpoint C --out build/mnist."""
 
 import argparse
-import os
 import platform
 import tempfile
 from dataclasses import replace
@@ -37,7 +36,7 @@ def export(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=out) as staging:
             manifest = make_bundle(loaded, Path(staging))
             for spec in manifest.graphs.values():
-                os.replace(Path(staging) / spec.file, out / spec.file)
+                (Path(staging) / spec.file).replace(out / spec.file)
             manifest.write(out)
     except OSError as error:
         if isinstance(error, ResourceError):

@@ -38,7 +38,7 @@ class GraphSource:
 
 
 def example_input(spec: TensorSpec, sizes: dict[str, int], generator: torch.Generator) -> Tensor:
-    """One input: coordinates of the grid, alpha_bar in [0, 1], positive means of phi, else normal."""
+    """One input: a grid, alpha_bar in [0, 1], positive means of phi, else normal."""
     shape = spec.shape(sizes)
     if spec.name == "coordinates":
         return torch.from_numpy(grid(shape[0], shape[1]))
@@ -181,7 +181,8 @@ def name_axes(model: onnx.ModelProto, source: GraphSource) -> None:
         dims = value.type.tensor_type.shape.dim
         if len(dims) != len(spec.axes) or value.name != spec.name:
             raise ArtefactError(
-                f"{source.name}: {value.name} has {len(dims)} axes; expected {spec.name} {spec.axes}"
+                f"{source.name}: {value.name} has {len(dims)} axes; "
+                f"expected {spec.name} {spec.axes}"
             )
         for dim, axis in zip(dims, spec.axes, strict=True):
             baked_in = bool(dim.dim_value) and dim.dim_value != axis

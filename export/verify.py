@@ -9,7 +9,7 @@ import torch
 
 from export.to_onnx import GraphSource
 from reference.checkpoint import Models
-from runtime import ddim, schedule
+from runtime import ddim
 from runtime.errors import ArtefactError
 from runtime.manifest import Array, Manifest
 from runtime.pipeline import Pipeline
@@ -84,14 +84,8 @@ def trajectory_parity(models: Models, manifest: Manifest) -> dict[str, Any]:
     one_hot[1, 0, labels // 2] = 1
     pipeline = Pipeline(manifest)
     start = torch.from_numpy(pipeline.noise(0, [0], TRAJECTORY_SIZE).draw())
-    alpha_bars = torch.from_numpy(schedule.sampling_alpha_bar(TRAJECTORY_STEPS)).float()
     with torch.inference_mode():
-        text = models.condition(one_hot)
-
-        def denoise(x: torch.Tensor, step: int) -> torch.Tensor:
-            eps: torch.Tensor = models.r2id(x, alpha_bars[step].expand(1), text)
-            return eps
-
+        denoise = models.denoiser(one_hot, TRAJECTORY_STEPS)
         wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, (-1.0, 2.0)).x
         pixels = models.r2ir.decode(wanted, (ratio * height, ratio * width))
     made = pipeline.generate(

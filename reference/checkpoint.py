@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reference.r2id import R2ID
 from reference.r2ir import R2IR
 from reference.text import LabelCondition
+from runtime import ddim, schedule
 from runtime.config import ModelConfig
 from runtime.errors import ArtefactError
 from runtime.files import atomic_write, read_bytes, sha256
@@ -34,6 +35,17 @@ class Models(nn.Module):
         self.r2ir = R2IR(config.r2ir, **dropouts.get("r2ir", {}))
         self.r2id = R2ID(config.r2id, **dropouts.get("r2id", {}))
         self.condition = LabelCondition(config.condition, config.r2id.width)
+
+    def denoiser(self, labels: Tensor, steps: int) -> ddim.Denoiser:
+        """eps for `ddim.sample` under conditions `[K, B, labels]`, the zero label being null."""
+        text = self.condition(labels)  # [K, B, T, d]
+        alpha_bars = torch.from_numpy(schedule.sampling_alpha_bar(steps)).float().to(text.device)
+
+        def denoise(x: Tensor, step: int) -> Tensor:
+            eps: Tensor = self.r2id(x, alpha_bars[step].expand(len(x)), text)
+            return eps
+
+        return denoise
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,9 @@ class Shapes:
         return low
 
 
-def config_from_shapes(
-    r2ir: Shapes, r2id: Shapes, text: Shapes, args: argparse.Namespace
-) -> ModelConfig:
+def config_from_shapes(shapes: dict[str, Shapes], args: argparse.Namespace) -> ModelConfig:
     """The configuration, as far as shapes tell; heads and frequency splits are options."""
+    r2ir, r2id, text = (shapes[part] for part in ("r2ir", "r2id", "condition"))
     width = r2id.at("proj_to_latent.weight", 0)
     return ModelConfig(
         name=args.name,
@@ -172,8 +171,8 @@ def convert(args: argparse.Namespace) -> None:
     check_writable(args.out)
     paths = {"r2ir": args.r2ir, "r2id": args.r2id, "condition": args.text}
     states = {part: read_state(path) for part, path in paths.items()}
-    shapes = [Shapes(states[part], path) for part, path in paths.items()]
-    config = config_from_shapes(*shapes, args)
+    shapes = {part: Shapes(states[part], path) for part, path in paths.items()}
+    config = config_from_shapes(shapes, args)
     for part, heads in (("r2ir", config.r2ir), ("r2id", config.r2id)):
         if heads.width % heads.heads:
             raise UsageError(

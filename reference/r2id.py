@@ -95,20 +95,22 @@ class R2ID(nn.Module):
         )
         self.eps_out = nn.Linear(d, config.latent_channels)
 
-    def forward(
-        self, x: Tensor, alpha_bar: Tensor, text: Tensor, coordinates: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, alpha_bar: Tensor, text: Tensor) -> Tensor:
         """Predict eps.
 
-        Noisy latent x `[B, C, H, W]`, alpha_bar `[B]` in [0, 1], text tokens `[K, B, T, d]`;
-        coordinates `[1 or B, N, 4]` replace the plain grid's where training jitters them.
-        Returns `[K, B, C, H, W]`.
+        Noisy latent x `[B, C, H, W]`, alpha_bar `[B]` in [0, 1], text tokens `[K, B, T, d]`
+        -> `[K, B, C, H, W]`.
         """
         height, width = x.shape[-2:]
-        if coordinates is None:
-            coordinates = grid_tokens(height, width, x.device)
-        position = self.position(coordinates).expand(x.shape[0], -1, -1)
-        tokens = self.latent_in(torch.cat([tokens_from_grid(x), position], -1))  # [B, N, d]
+        at = grid_tokens(height, width, x.device)
+        return grid_from_tokens(
+            self.predict_tokens(tokens_from_grid(x), at, alpha_bar, text), height, width
+        )
+
+    def predict_tokens(self, x: Tensor, at: Tensor, alpha_bar: Tensor, text: Tensor) -> Tensor:
+        """Tokens `[B, N, C]` at coordinates `[1 or B, N, 4]` -> eps `[K, B, N, C]`."""
+        position = self.position(at).expand(x.shape[0], -1, -1)
+        tokens = self.latent_in(torch.cat([x, position], -1))  # [B, N, d]
         film = self.film(self.time(alpha_bar))  # [B, f]
         for block in self.encoder:
             tokens = block(tokens, film)
@@ -118,5 +120,4 @@ class R2ID(nn.Module):
         text = text.flatten(0, 1)  # [K·B, T, d]
         for block in self.decoder:
             tokens = block.decode(tokens, film, text)
-        eps = grid_from_tokens(self.eps_out(tokens), height, width)
-        return eps.unflatten(0, (branches, -1)).float()
+        return self.eps_out(tokens).unflatten(0, (branches, -1)).float()

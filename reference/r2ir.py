@@ -73,13 +73,13 @@ class R2IR(nn.Module):
 
     def encode(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Pixels `[B, c, h, w]` -> latent `[B, C, *size]`."""
-        at = grid_tokens(*pixels.shape[-2:], pixels.device)
+        at = grid_tokens(pixels.shape[-2], pixels.shape[-1], pixels.device)
         to = grid_tokens(*size, pixels.device)
         return grid_from_tokens(self.encode_tokens(tokens_from_grid(pixels), at, to), *size)
 
     def decode(self, latent: Tensor, size: tuple[int, int]) -> Tensor:
         """Latent `[B, C, H, W]` -> pixels `[B, c, *size]`."""
-        at = grid_tokens(*latent.shape[-2:], latent.device)
+        at = grid_tokens(latent.shape[-2], latent.shape[-1], latent.device)
         to = grid_tokens(*size, latent.device)
         return grid_from_tokens(self.decode_tokens(tokens_from_grid(latent), at, to), *size)
 

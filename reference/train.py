@@ -32,6 +32,7 @@ from reference.initialisation import initialise_r2id, initialise_r2ir
 from reference.r2id import R2ID
 from reference.r2ir import R2IR, grid_tokens, tokens_from_grid
 from reference.text import LabelCondition
+from runtime import cli
 from runtime.config import ModelConfig
 from runtime.errors import NumericalError, UsageError
 from runtime.files import atomic_write, read_bytes, remove_stale, sha256
@@ -105,13 +106,11 @@ def canvas(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def jittered(height: int, width: int, batch: int, share: float, device: torch.device) -> Tensor:
-    """Coordinates `[batch or 1, height · width, 4]` with `share` of the specified jitter.
+    """Coordinates `[batch, height · width, 4]` with `share` of the specified jitter.
 
     Source: the specification's "Coordinates": σ is half a pixel, per sample and pixel.
     """
     plain = grid_tokens(height, width, device)
-    if share == 0:
-        return plain
     longer = max(height, width)
     sigma = torch.tensor([longer, longer, width, height], device=device).reciprocal() * share / 2
     return plain + torch.randn(batch, *plain.shape[1:], device=device) * sigma
@@ -119,6 +118,8 @@ def jittered(height: int, width: int, batch: int, share: float, device: torch.de
 
 class R2IRTask:
     """MSE of an image resampled to a latent of a drawn size and back."""
+
+    token_inputs = (0, 1, 2, 3, 4)  # inputs whose axis 1 changes from batch to batch
 
     def __init__(self, config: dict[str, Any], models: checkpoint.Models, pad: bool):
         self.config, self.pad = config, pad
@@ -168,17 +169,19 @@ class R2IDTask:
     and under the true condition, as published.
     """
 
+    token_inputs = (0, 1, 4)
+
     def __init__(self, config: dict[str, Any], models: checkpoint.Models, pad: bool):
         self.config, self.pad, self.r2ir = config, pad, models.r2ir
         self.labels = models.config.condition.labels
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
-        """Noisy latent, its alpha_bar, labels, coordinates and the noise in it."""
+        """Noisy latent, its coordinates, alpha_bar, labels and the noise in it."""
         c, device = self.config, step.images.device
         size = draw_size(step.draw, c["latent"], c["aspect"])
         image = fit(step.images, *canvas(size, step.images.shape[-1]), self.pad)
         with torch.no_grad():
-            latent = self.r2ir.encode(image, size)
+            latent = tokens_from_grid(self.r2ir.encode(image, size))
         label = F.one_hot(step.labels, self.labels).float()  # [B, labels]
         if c["condition_dropout"] == "both":
             label = torch.stack([torch.zeros_like(label), label])  # [2, B, labels]
@@ -187,21 +190,21 @@ class R2IDTask:
             label = (label * shown).unsqueeze(0)  # [1, B, labels]
         t = torch.rand(len(latent), device=device)
         alpha_bar = torch.cos((t + OFFSET) / (1 + OFFSET) * math.pi / 2).square()
-        a = alpha_bar.view(-1, 1, 1, 1)
+        a = alpha_bar.view(-1, 1, 1)
         eps = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * eps
-        return noisy, alpha_bar, label, jittered(*size, len(latent), c["jitter"], device), eps
+        return noisy, jittered(*size, len(latent), c["jitter"], device), alpha_bar, label, eps
 
     @staticmethod
     def loss(
         model: R2IDModels,
         noisy: Tensor,
+        at: Tensor,
         alpha_bar: Tensor,
         label: Tensor,
-        at: Tensor,
         eps: Tensor,
     ) -> Tensor:
-        predicted = model.r2id(noisy, alpha_bar, model.condition(label), at)
+        predicted = model.r2id.predict_tokens(noisy, at, alpha_bar, model.condition(label))
         return F.mse_loss(predicted, eps.expand_as(predicted))
 
 
@@ -249,11 +252,14 @@ class Run:
         step, seconds, rows = self._resume(model, average, optimizer)
         if step < self.steps:
             start = time.monotonic() - seconds
-            loss_of = torch.compile(task.loss, dynamic=True) if self.speed.compile else task.loss
+            loss_of = torch.compile(task.loss) if self.speed.compile else task.loss
             bar = tqdm(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
             model.train()
             while step < self.steps:
                 inputs = task.inputs(self._batch(step))
+                if self.speed.compile:
+                    for index in task.token_inputs:
+                        torch._dynamo.mark_dynamic(inputs[index], 1)
                 loss = self._step(model, loss_of, inputs, optimizer, step)
                 step += 1
                 decay = min(self.config["ema"], (1 + step) / (10 + step))
@@ -401,8 +407,9 @@ def hardware(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
-def train(config: dict[str, Any], name: str, args: argparse.Namespace) -> Path:
-    """Both stages, then `checkpoint.safetensors` in the folder `args.out`; returns its path."""
+def train(args: argparse.Namespace) -> None:
+    """Both stages, then `checkpoint.safetensors` in the folder `args.out`."""
+    config, name = read_config(args.config), args.config
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
     speed = Speed(
@@ -422,9 +429,10 @@ def train(config: dict[str, Any], name: str, args: argparse.Namespace) -> Path:
     r2id_task = R2IDTask(config["r2id"], models, images.pad)
     seconds["r2id"] = runs[1].train(R2IDModels(models), r2id_task)
     provenance = {
-        "command": f"python -m reference.train --config {name}",
-        "compile": speed.compile,
-        "bf16": speed.bf16,
+        "command": f"python -m reference.train --config {name}"
+        + " --compile" * (speed.compile and not on_gpu)
+        + " --bf16" * (speed.bf16 and not on_gpu)
+        + f" --dtype {args.dtype}",
         "seconds": {stage: round(value) for stage, value in seconds.items()},
         "hardware": hardware(device),
         "torch": torch.__version__,
@@ -434,7 +442,7 @@ def train(config: dict[str, Any], name: str, args: argparse.Namespace) -> Path:
     path = out / "checkpoint.safetensors"
     checkpoint.save(path, models, provenance, getattr(torch, args.dtype))
     draw_losses(out, runs)
-    return path
+    print(f"checkpoint: {path}")
 
 
 def load_images(config: dict[str, Any], folder: Path) -> Images:
@@ -446,20 +454,24 @@ def load_images(config: dict[str, Any], folder: Path) -> Images:
     return load_folder(folder, channels, config["image"], labels)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m reference.train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m reference.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    optional = argparse.BooleanOptionalAction
     parser.add_argument("--config", default="mnist", help="a name in reference/configs, or a .toml")
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")
     parser.add_argument("--out", type=Path, required=True, help="folder of states and checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    optional = argparse.BooleanOptionalAction
     parser.add_argument("--compile", action=optional, help="torch.compile (default: on CUDA)")
     parser.add_argument("--bf16", action=optional, help="bfloat16 autocast (default: on CUDA)")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
-    args = parser.parse_args(argv)
-    print(f"checkpoint: {train(read_config(args.config), args.config, args)}")
+    every = cli.number(1, 1_000_000, int)
+    parser.add_argument("--save-every", type=every, default=500, metavar="STEPS")
+    cli.run(train, parser)
 
 
 if __name__ == "__main__":

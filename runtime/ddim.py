@@ -8,15 +8,16 @@ Salimans, "Classifier-Free Diffusion Guidance", eq. 6. Coefficients are float64 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from runtime.errors import NumericalError
+from runtime.errors import NumericalError, UsageError
 from runtime.schedule import sampling_alpha_bar
 
 EPSILON = 1e-6
 
-# denoise(x, step) -> one eps per branch; step runs from 0 to `steps`, where t = 1 to 0.
-Denoiser = Callable[[Any, int], Sequence[Any]]
+# denoise(x, step) -> eps, one per branch along its first axis; step runs from 0 to `steps`, where t = 1 to 0.
+Denoiser = Callable[[Any, int], Any]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,13 @@ class Sample:
     x0: Any
 
 
-def guide(eps: Sequence[Any], weights: Sequence[float]) -> Any:
-    """Σ weights[k] · eps[k]: with (1 - g, g) for (null, condition) this is guidance by g."""
+def guide(eps: Any, weights: Sequence[Any]) -> Any:
+    """Σ weights[k] · eps[k]: with (1 - g, g) for (null, condition) this is guidance by g.
+
+    A weight is a number, or an array `[B, 1, 1, 1]` of one number per image.
+    """
+    if len(eps) != len(weights):
+        raise UsageError(f"{len(weights)} weights for {len(eps)} branches of eps; expected as many")
     total = eps[0] * weights[0]
     for branch, weight in zip(eps[1:], weights[1:], strict=True):
         total = total + branch * weight
@@ -51,10 +57,10 @@ def sample(
     denoise: Denoiser,
     x: Any,
     steps: int,
-    weights: Sequence[float],
+    weights: Sequence[Any],
     eta: float = 0.0,
     noise: Callable[[int], Any] | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> Sample:
     """Run `steps` DDIM steps from noise `x` and estimate x0 once more at t = 0.
 
@@ -63,7 +69,7 @@ def sample(
     is called after each step. Raises NumericalError where x leaves the finite numbers.
     """
     alpha_bars = [float(a) for a in sampling_alpha_bar(steps)]
-    for step, (a, a_next) in enumerate(zip(alpha_bars[:-1], alpha_bars[1:], strict=True)):
+    for step, (a, a_next) in enumerate(pairwise(alpha_bars)):
         x0 = predict_x0(x, guide(denoise(x, step), weights), a)
         direction = (x - x0 * math.sqrt(a)) / (math.sqrt(1 - a) + EPSILON)
         spread = sigma(a, a_next, eta)

@@ -84,7 +84,7 @@ class Pipeline:
         eta: float = 0.0,
         seed: int = 0,
         first_index: int = 0,
-        on_step: Callable[[int], None] | None = None,
+        on_step: Callable[[int], object] | None = None,
     ) -> Generated:
         """Draw one image per entry of `labels` as one batch.
 
@@ -174,7 +174,9 @@ class Pipeline:
         unique, place = np.unique(conditions.reshape(-1, labels), axis=0, return_inverse=True)
         text = self.engine("r2id_condition").run({"condition": unique})
         gathered = {
-            name: np.ascontiguousarray(value[place.reshape(-1)].reshape(count, batch, *value.shape[1:]))
+            name: np.ascontiguousarray(
+                value[place.reshape(-1)].reshape(count, batch, *value.shape[1:])
+            )
             for name, value in text.items()
         }
         alpha_bar = schedule.sampling_alpha_bar(steps).astype(np.float32)

@@ -25,7 +25,7 @@ class Golden:
 
     def __init__(self, path: Path, folder: Path):
         with safe_open(path, "pt") as file:
-            self.tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}
+            self.tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
             meta = {k: json.loads(v) for k, v in file.metadata().items() if v.startswith("{")}
         self.r2ir_meta, self.r2id_meta = meta["r2ir"], meta["r2id"]
         paths = []
@@ -123,17 +123,11 @@ def check_schedule(golden: Golden) -> None:
 def check_trajectories(golden: Golden) -> None:
     models, tensors = golden.models, golden.tensors
     label = tensors["text.label"]
-    text = torch.stack([models.condition(torch.zeros_like(label)), models.condition(label)])
     for match, _ in golden.named(r"(ddim\.eta([\d.]+)\.steps(\d+)\.cfg([\d.]+))\.x"):
         eta, steps, guidance = float(match[2]), int(match[3]), float(match[4])
-        alpha_bars = torch.from_numpy(schedule.sampling_alpha_bar(steps)).float()
         z = tensors.get(f"{match[1]}.z")
-
-        def denoise(x: Tensor, step: int) -> Tensor:
-            found: Tensor = models.r2id(x, alpha_bars[step].expand(len(x)), text)
-            return found
-
         start = tensors["denoise.x"]
+        denoise = models.denoiser(torch.stack([torch.zeros_like(label), label]), steps)
         noise = None if z is None else (lambda step, z=z: z[step])
         result = ddim.sample(denoise, start, steps, (1 - guidance, guidance), eta, noise)
         golden.close(result.x, f"{match[1]}.x", TRAJECTORY_TOLERANCE)

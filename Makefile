@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make generate` and `make test`.
+PYTHON ?= python3
+CONFIG ?= mnist
+DATA ?= data/mnist
+CHECKPOINT ?= reference/weights/mnist.safetensors
+BIN := .venv/bin
+TORCH := torch==2.13.0
+CODE := runtime reference export calibration tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help generate export train evaluate bench test lint clean
+
+help: ## list the commands (what `make` alone does)
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,test]'
+	@touch $@
+
+.venv-runtime/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-runtime
+	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu]' 'pytest>=9' 'hypothesis>=6.140'
+	@touch $@
+
+build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(wildcard export/*.py reference/*.py)
+	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
+
+build/tiny/manifest.json: .venv/.ready tests/tiny.py $(wildcard export/*.py reference/*.py)
+	$(BIN)/python -m tests.tiny build/tiny
+
+generate: build/mnist/manifest.json ## first picture: environment, export, a sheet of digits
+	$(BIN)/python -m runtime.generate --engine build/mnist/r2id.onnx --label 0-9 --count 8 \
+		--image 64x64 --out digits.png
+
+export: build/mnist/manifest.json ## the shipped checkpoint as ONNX graphs in build/mnist
+
+train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
+	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
+
+evaluate: .venv/.ready ## what a checkpoint is worth: errors, digits read right, pictures
+	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA)
+
+bench: .venv/.ready ## the step graph against PyTorch and a plain export, side by side
+	$(BIN)/python -m benchmarks.step
+
+lint: .venv/.ready ## style and types alone: what reviewers need not look at
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+test: lint build/tiny/manifest.json .venv-runtime/.ready ## everything that must hold, torch-free too
+	.venv-runtime/bin/python -c 'import importlib.util as u; assert not u.find_spec("torch")'
+	.venv-runtime/bin/python -m pytest tests/runtime
+	$(BIN)/python -m pytest
+
+clean: ## remove what make has made, training runs aside
+	rm -rf build .venv .venv-runtime *.egg-info .mypy_cache .ruff_cache .pytest_cache
