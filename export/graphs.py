@@ -4,7 +4,8 @@ What lives as long as a size, a schedule, a prompt or an image has a graph of it
 step graph holds only what changes with every step. Rewrites, all exact but for rounding:
 
 - phi = relu(x) + exp(min(x, 0)): engines run it several times faster than Elu.
-- Sums over tokens that are only used as ratios are means, so that they stay small at any size.
+- Sums over tokens that are only used as ratios are means, so that they stay small at any size;
+  sums that leave a graph stay sums, so that those of tiles add up, and are scaled where read.
 - GRN and AdaLN scale and shift channels: x·gain + shift. The gain goes into the rows of the next
   weights and the shift into their bias, so that no pass over the tokens is left of them.
 - Self-attention reads S = phi(k)ᵀ·x of the plain tokens; value and output projections act on S,
@@ -23,12 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.checkpoint import Models
-from reference.layers import FFN, GRN, GRN_EPSILON, AdaLN, LinearAttention
+from reference.layers import ATTENTION_EPSILON, FFN, GRN, GRN_EPSILON, AdaLN, LinearAttention
 from reference.r2id import DecoderBlock, EncoderBlock
 from reference.r2ir import Block
-
-# phi is positive, so a ratio of means needs no epsilon but against an underflow to zero.
-TINY = 1e-20
 
 
 def positive(x: Tensor) -> Tensor:
@@ -81,17 +79,17 @@ class Heads(nn.Module):
         mask = torch.eye(heads).repeat_interleave(width // heads, 0)
         self.register_buffer("mask", mask, persistent=False)
 
-    def normalise(self, q: Tensor, k: Tensor) -> Tensor:
-        """phi(q) `[B or 1, N, d]` over phi(q)·k per head, k `[B, d]` -> `[B, N, d]`."""
+    def normalise(self, q: Tensor, k: Tensor, epsilon: Tensor | float) -> Tensor:
+        """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head, k `[B, d]` -> `[B, N, d]`."""
         total = q @ (k.unsqueeze(2) * self.mask)  # [B, N, a]
-        split = q.unflatten(2, (self.heads, -1)) / (total + TINY).unsqueeze(3)
+        split = q.unflatten(2, (self.heads, -1)) / (total + epsilon).unsqueeze(3)
         return split.flatten(2)
 
 
 class Attention(nn.Module):
     """Linear attention through a summary of its memory: kv `[B, d, d]` and k `[B, d]`.
 
-    Head h owns e rows of kv, mean(phi(k_h)ᵀ·v_h)·Wo_h: the output projection is inside.
+    Head h owns e rows of kv, Σ phi(k_h)ᵀ·v_h·Wo_h: the output projection is inside.
     """
 
     def __init__(self, attention: LinearAttention, scale: Tensor):
@@ -113,28 +111,36 @@ class Attention(nn.Module):
         return positive(self.query_norm(self.query.scaled(x, gain, shift)))
 
     def fold(self, sums: Tensor, k: Tensor) -> Tensor:
-        """mean(phi(k)ᵀ·y) `[B, d, d]` -> kv `[B, d, d]`, k = mean(phi(k)) `[B, d]`."""
+        """Σ phi(k)ᵀ·y `[B, d, d]` and k = Σ phi(k) `[B, d]` -> kv `[B, d, d]`."""
         heads = self.heads.heads
         by_head = sums.unflatten(1, (heads, -1)) @ self.value_weight  # [B, a, e, e]
         by_head = by_head + k.unflatten(1, (heads, -1)).unsqueeze(3) * self.value_bias
         return (by_head @ self.out_weight).flatten(1, 2)
 
     def summarise(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """kv and k of memory tokens `[B, P, d]`."""
+        """kv and k of memory tokens `[B, P, d]`: sums, so that those of tiles add up."""
         keys = positive(self.key_norm(self.key(memory)))
-        k = keys.mean(1)
-        return self.fold(keys.transpose(1, 2) @ memory / memory.shape[1], k), k
-
-    def summarise_scaled(self, x: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """kv and k of x·gain + shift, from the plain x `[B, P, d]`."""
-        keys = positive(self.key_norm(self.key.scaled(x, gain, shift)))
-        k = keys.mean(1)
-        sums = keys.transpose(1, 2) @ x / x.shape[1] * gain + k.unsqueeze(2) * shift
-        return self.fold(sums, k), k
+        k = keys.sum(1)
+        return self.fold(keys.transpose(1, 2) @ memory, k), k
 
     def read(self, queries: Tensor, kv: Tensor, k: Tensor) -> Tensor:
-        """What the queries find in a summary, projected and scaled: `[B, N, d]`."""
-        return self.heads.normalise(queries, k) @ kv + self.out_bias
+        """What the queries find in a summary, projected and scaled: `[B, N, d]`.
+
+        kv and k only count relative to each other, so both are brought to the size of a mean.
+        """
+        unit = k.mean(1, keepdim=True)  # [B, 1]
+        normal = self.heads.normalise(queries, k / unit, (ATTENTION_EPSILON / unit).unsqueeze(2))
+        return normal @ (kv / unit.unsqueeze(2)) + self.out_bias
+
+    def attend_self(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        """Self-attention of y = x·gain + shift, in means over the plain x `[B, N, d]`."""
+        keys = positive(self.key_norm(self.key.scaled(x, gain, shift)))
+        count = x.shape[1]
+        k = keys.mean(1)
+        means = keys.transpose(1, 2) @ x / count * gain + k.unsqueeze(2) * shift
+        queries = self.queries(x, gain, shift)
+        normal = self.heads.normalise(queries, k, ATTENTION_EPSILON / count)
+        return normal @ self.fold(means, k) + self.out_bias
 
 
 class ScaledFFN(nn.Module):
@@ -201,8 +207,8 @@ class SplitInput(nn.Module):
 class ResamplerSummary(nn.Module):
     """`r2ir_image_summary` and `r2ir_latent_summary`.
 
-    values `[B, c, h, w]`, coordinates `[h, w, 4]` -> kv `[B, L, d, d]`, k `[B, L, d]`: means
-    over the tokens, so that tiles add up weighted by their pixels.
+    values `[B, c, h, w]`, coordinates `[h, w, 4]` -> kv `[B, L, d, d]`, k `[B, L, d]`: sums
+    over the tokens, so that those of tiles add up.
     """
 
     def __init__(self, models: Models, side: str):
@@ -283,7 +289,7 @@ def adaptive_norms(models: Models) -> list[AdaLN]:
     norms: list[AdaLN] = []
     for block in (*models.r2id.encoder, *models.r2id.decoder):
         middle = [block.cross_norm] if isinstance(block, DecoderBlock) else []
-        norms += [block.attention_norm, *middle, block.ffn_norm]  # type: ignore[list-item]
+        norms += [block.attention_norm, *middle, block.ffn_norm]
     return norms
 
 
@@ -360,7 +366,7 @@ class CrossAttention(nn.Module):
         """x `[B', N, d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
         queries = positive(self.query_norm(self.query.scaled(x, gain, shift)))
         scores = (queries @ text_k).unflatten(-1, (self.heads, -1))  # [.., N, a, T]
-        scores = scores / (scores.sum(-1, keepdim=True) + TINY)
+        scores = scores / (scores.sum(-1, keepdim=True) + ATTENTION_EPSILON)
         return scores.flatten(-2) @ text_v + self.out_bias
 
 
@@ -385,9 +391,7 @@ class StepBlock(nn.Module):
         return gain, film[site, 1].view(1, 1, -1)
 
     def attend_self(self, x: Tensor, film: Tensor) -> Tensor:
-        adapted = self.adapt(x, film, 0)
-        kv, k = self.attention.summarise_scaled(x, *adapted)
-        return x + self.attention.read(self.attention.queries(x, *adapted), kv, k)
+        return x + self.attention.attend_self(x, *self.adapt(x, film, 0))
 
     def attend_text(self, w: Tensor, film: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
         return w + self.cross(w, *self.adapt(w, film, 1), text_k, text_v)

@@ -46,7 +46,7 @@ def example_input(spec: TensorSpec, sizes: dict[str, int], generator: torch.Gene
         return torch.linspace(0, 1, shape[0])
     values = torch.randn(shape, generator=generator)
     if spec.name in ("k", "response", "text_k"):
-        return values.abs() + 0.1
+        return values.abs() + 1
     return values.tanh() if spec.name == "pixels" else values
 
 

@@ -16,7 +16,8 @@ from runtime.schedule import sampling_alpha_bar
 
 EPSILON = 1e-6
 
-# denoise(x, step) -> eps, one per branch along its first axis; step runs from 0 to `steps`, where t = 1 to 0.
+# denoise(x, step) -> eps, one per branch along its first axis.
+# step runs from 0 to `steps`, where t = 1 to 0.
 Denoiser = Callable[[Any, int], Any]
 
 

@@ -169,21 +169,20 @@ def draw(
 
     sheet: list[Any] = []
     total = -(-len(each) // batch) * settings["steps"]
-    bar = tqdm(total=total, desc="generate", unit="step")
-    for start in range(0, len(each), batch):
-        own = each[start : start + batch]
-        index = wanted["first_index"] + start
-        made = pipeline.generate(
-            own, **settings, first_index=index, on_step=lambda step: bar.update()
-        )
-        images = to_uint8(made.images)
-        if len(paths) == 1 and len(each) > 1:
-            sheet.append(images)
-            continue
-        for offset, image in enumerate(images):
-            single = {**wanted, "label": [own[offset]], "count": 1, "first_index": index + offset}
-            save_png(paths[start + offset], image, describe(pipeline, single))
-    bar.close()
+    with tqdm(total=total, desc="generate", unit="step") as bar:
+        for start in range(0, len(each), batch):
+            own = each[start : start + batch]
+            index = wanted["first_index"] + start
+            made = pipeline.generate(
+                own, **settings, first_index=index, on_step=lambda step: bar.update()
+            )
+            images = to_uint8(made.images)
+            if len(paths) < len(each):
+                sheet.append(images)
+                continue
+            for offset, image in enumerate(images):
+                single = {"label": [own[offset]], "count": 1, "first_index": index + offset}
+                save_png(paths[start + offset], image, describe(pipeline, wanted | single))
     if sheet:
         columns = wanted["count"] if 1 < wanted["count"] <= 2 * SHEET_COLUMNS else SHEET_COLUMNS
         whole = contact_sheet(np.concatenate(sheet), min(columns, len(each)))

@@ -22,6 +22,10 @@ Size = tuple[int, int]
 Label = int | Mapping[int, float] | None
 
 MOST_STEPS = 10_000
+GENERATING = (
+    *("r2id_condition", "r2id_film", "r2id_position", "r2id"),
+    *("r2ir_latent_summary", "r2ir_decode"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Pipeline:
         latent = latent or self.model.default_latent
         image = image or self.image_size(latent)
         self.check_request(labels, latent, image, steps, guidance_scale, eta, seed)
+        for graph in GENERATING:  # a damaged file shows before any work, not after it
+            self.engine(graph)
         indices = range(first_index, first_index + len(labels))
         conditions, weights = self.branches(labels, guidance_scale)
         noise = self.noise(seed, indices, latent)

@@ -1,0 +1,152 @@
+"""Export: graphs agree with the models, and what does not is stopped before the manifest."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import graphs, to_onnx, verify
+from reference import checkpoint
+from runtime.coordinates import grid
+from runtime.errors import ArtefactError
+from runtime.manifest import read_manifest
+from tests.conftest import Command
+from tests.tiny import tiny_models
+
+NAMES = {
+    *("r2id_position", "r2id_film", "r2id_condition", "r2id"),
+    *("r2ir_image_summary", "r2ir_encode", "r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> checkpoint.Models:
+    return tiny_models()
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def at(height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(grid(height, width))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (6, 2)])
+def test_the_step_graph_is_the_reference_model(
+    models: checkpoint.Models, size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(2, 4, *size), torch.rand(3, 2, 10)
+    alpha_bar = torch.tensor([0.4])
+    text = [t.unflatten(0, (3, 2)) for t in graphs.Condition(models)(labels.flatten(0, 1))]
+    film = graphs.Film(models)(alpha_bar)[0]
+    found = graphs.Denoise(models)(x, graphs.Position(models)(at(*size)), film, *text)
+    close(found, models.r2id(x, alpha_bar.expand(2), models.condition(labels)))
+
+
+@pytest.mark.parametrize(("image", "latent"), [((1, 7), (1, 1)), ((9, 12), (3, 4))])
+def test_the_resampler_graphs_are_the_reference_model(
+    models: checkpoint.Models, image: tuple[int, int], latent: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    pixels = torch.rand(2, 1, *image) * 2 - 1
+    kv, k = graphs.ResamplerSummary(models, "image")(pixels, at(*image))
+    z = graphs.Encode(models, "latent")(at(*latent), kv, k)
+    close(z, models.r2ir.encode(pixels, latent))
+    kv, k = graphs.ResamplerSummary(models, "latent")(z, at(*latent))
+    drawn, response = graphs.Decode(models, "image")(at(*image), kv, k)
+    close(drawn, models.r2ir.decode(z, image))
+    tile = at(*image)[:, 1:4]
+    close(graphs.Render(models, "image")(tile, kv, k, response), drawn[..., 1:4])
+
+
+def test_sums_over_tiles_add_up(models: checkpoint.Models) -> None:
+    pixels = torch.rand(1, 1, 10, 6) * 2 - 1
+    summary = graphs.ResamplerSummary(models, "image")
+    whole = summary(pixels, at(10, 6))
+    top, rest = summary(pixels[:, :, :3], at(10, 6)[:3]), summary(pixels[:, :, 3:], at(10, 6)[3:])
+    for total, first, second in zip(whole, top, rest, strict=True):
+        close(first + second, total)
+
+
+def test_the_bundle_is_whole_and_measured(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
+    assert manifest.graphs.keys() == NAMES
+    for name, spec in manifest.graphs.items():
+        model = onnx.load_from_string(manifest.graph_bytes(name))
+        assert model.opset_import[0].version >= 20
+        assert not any(t.external_data for t in model.graph.initializer)
+        for wanted, value in zip(spec.inputs, model.graph.input, strict=True):
+            dims = value.type.tensor_type.shape.dim
+            assert tuple(d.dim_param or d.dim_value for d in dims) == wanted.axes
+        assert spec.parity and all(0 <= row["error"] <= verify.TOLERANCE for row in spec.parity)
+    rows = manifest.graphs["r2id"].parity
+    assert {(r["height"], r["width"]) for r in rows} >= {(1, 1), (1, 9), (7, 5), (31, 64)}
+    assert {r["batch"] for r in rows} == {1, 3} and {r["conditions"] for r in rows} == {1, 2, 3}
+    assert manifest.trajectory["latent"] <= verify.TRAJECTORY_TOLERANCE
+    assert manifest.labels == tuple("abcdefghij")
+
+
+def test_a_graph_that_differs_stops_the_export(models: checkpoint.Models) -> None:
+    """The parity check fails for outputs off by 2e-4, for NaN and for another shape."""
+    source = next(s for s in to_onnx.sources(models) if s.name == "r2id_film")
+
+    def altered(change: float) -> verify.Run:
+        def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            film = source.module(torch.from_numpy(inputs["alpha_bar"])).detach().numpy().copy()
+            film[-1, 0, 0, 0] += change * np.abs(film).max()
+            return {"film": film}
+
+        return run
+
+    verify.parity(source, altered(0.0))
+    for change in (2e-4, np.nan, np.inf):
+        with pytest.raises(ArtefactError, match="differs from PyTorch by"):
+            verify.parity(source, altered(change))
+    assert verify.relative_error(np.zeros((2, 1)), np.zeros((1, 2))) == np.inf
+
+
+def test_a_wrong_rewrite_is_caught_by_the_trajectory(
+    models: checkpoint.Models, tiny_bundle: Path
+) -> None:
+    other = copy.deepcopy(models)
+    other.get_parameter("r2id.decoder.1.cross.out.bias").add_(0.05)
+    with pytest.raises(ArtefactError, match="DDIM steps through the graphs differ"):
+        verify.trajectory_parity(other, read_manifest(tiny_bundle))
+
+
+def test_a_baked_in_size_stops_the_export(models: checkpoint.Models, tmp_path: Path) -> None:
+    source = next(s for s in to_onnx.sources(models) if s.name == "r2id_position")
+
+    path = tmp_path / "graph.onnx"
+    to_onnx.onnx_from_source(source, path)
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 7
+    with pytest.raises(ArtefactError, match=r"has 7 where 'width' is expected: .* baked"):
+        to_onnx.name_axes(model, source)
+
+
+def test_a_failed_export_leaves_the_old_bundle(
+    own_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    before = {p.name: p.read_bytes() for p in own_bundle.iterdir()}
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    args = ("--checkpoint", "bad.safetensors", "--out", own_bundle)
+    done = command("export", *args)
+    assert done.returncode == 3 and "safetensors" in done.stderr
+    assert {p.name: p.read_bytes() for p in own_bundle.iterdir()} == before
+    assert json.loads(before["manifest.json"])["format"] == 1
+
+
+def test_an_export_into_a_file_is_refused(
+    tiny_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "file").write_text("")
+    args = ("--checkpoint", tiny_bundle / "tiny.safetensors", "--out", tmp_path / "file")
+    done = command("export", *args)
+    assert done.returncode == 5 and "Choose another --out" in done.stderr

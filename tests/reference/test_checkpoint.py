@@ -1,0 +1,145 @@
+"""Checkpoints and published state dicts: faults are listed, nothing runs on loading."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from reference import checkpoint, published
+from reference.train import build_models, read_config
+from runtime.errors import ArtefactError, UsageError
+from tests.conftest import Command
+
+
+@pytest.fixture(scope="module")
+def models() -> checkpoint.Models:
+    return build_models(read_config("tiny"), "tiny")
+
+
+@pytest.fixture
+def saved(models: checkpoint.Models, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    checkpoint.save(path, models, {"made": "here"}, torch.float32)
+    return path
+
+
+def test_a_checkpoint_comes_back_as_it_was(models: checkpoint.Models, saved: Path) -> None:
+    loaded = checkpoint.load(saved)
+    assert loaded.models.config == models.config
+    assert loaded.provenance == {"made": "here"}
+    wanted = models.state_dict()
+    for name, tensor in loaded.models.state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
+    assert {name.split(".")[0] for name in wanted} == {"r2ir", "r2id", "condition"}
+
+
+def test_half_precision_is_half_the_file(models: checkpoint.Models, saved: Path) -> None:
+    half = saved.with_name("half.safetensors")
+    checkpoint.save(half, models, {}, torch.float16)
+    assert half.stat().st_size < 0.7 * saved.stat().st_size
+    assert checkpoint.load(half).models.r2ir.color_in.weight.dtype == torch.float32
+
+
+def damage(path: Path, kind: str) -> str:
+    """Damage a checkpoint; returns words that its error must hold."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if kind == "truncated":
+        path.write_bytes(data[:-1])
+        return "not a whole safetensors file"
+    if kind == "header":
+        path.write_bytes((1 << 40).to_bytes(8, "little") + data[8:])
+        return "header of 1099511627776 bytes"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "header"
+    if kind == "json":
+        path.write_bytes(data[:8] + b"\xff" * length + data[8 + length :])
+        return "not JSON"
+    if kind == "overlap":
+        header = json.loads(data[8 : 8 + length])
+        names = [name for name in header if name != "__metadata__"]
+        header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        return "not a whole safetensors file"
+    if kind == "metadata":
+        save_file(load_file(path), path)
+        return "metadata without"
+    tensors = load_file(path)
+    metadata = checkpoint.read_metadata(data, path)
+    name = "r2id.encoder.0.ffn.up.weight"
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "extra":
+        tensors["r2id.surplus"] = torch.zeros(1)
+    elif kind == "shape":
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    elif kind == "dtype":
+        tensors[name] = tensors[name].int()
+    elif kind == "nan":
+        tensors[name][3, 4] = torch.nan
+    elif kind == "config":
+        metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"surplus": 1})
+    save_file(tensors, path, metadata)
+    return {"extra": "unexpected r2id.surplus", "config": "expected exactly"}.get(kind, name)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("truncated", "header", "empty", "json", "overlap", "metadata"),
+        *("missing", "extra", "shape", "dtype", "nan", "config"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_the_reason(saved: Path, kind: str) -> None:
+    words = damage(saved, kind)
+    with pytest.raises(ArtefactError, match=words):
+        checkpoint.load(saved)
+
+
+def test_every_difference_is_counted(saved: Path) -> None:
+    metadata = checkpoint.read_metadata(saved.read_bytes(), saved)
+    save_file({"other": torch.zeros(2)}, saved, metadata)
+    with pytest.raises(ArtefactError, match=r"missing .*; missing .* and \d+ more"):
+        checkpoint.load(saved)
+
+
+class Malicious:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_wants_more_is_refused(tmp_path: Path, command: Command) -> None:
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "harm")))
+    torch.save({"weight": Malicious(tmp_path / "harm")}, tmp_path / "worse.pt")
+    for name in ("bad.pt", "worse.pt"):
+        done = command("reference.published", name, name, name, "out.safetensors")
+        assert done.returncode == 3, done.stderr
+        assert "pickle asks for more than tensors" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "harm").exists() and not (tmp_path / "out.safetensors").exists()
+
+
+def test_state_dicts_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r2ir.pt"
+    path.write_bytes(b"no archive")
+    with pytest.raises(ArtefactError):
+        published.read_state(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ArtefactError, match="holds list"):
+        published.read_state(path)
+    shapes = published.Shapes({"pos_embed.frequencies": torch.ones(4)}, path)
+    with pytest.raises(ArtefactError, match="no tensor color_to_embed"):
+        shapes.at("color_to_embed_proj.weight", 0)
+    with pytest.raises(UsageError, match="high frequencies"):
+        shapes.low("pos_embed.frequencies", 2)

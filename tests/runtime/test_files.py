@@ -1,0 +1,59 @@
+"""A destination is the whole old file or the whole new one, whatever fails."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import ResourceError
+from runtime.files import atomic_write, check_writable, remove_stale
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "mkstemp", "write"])
+def test_the_old_file_survives_a_failure(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if failing == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    elif failing == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
+    elif failing == "mkstemp":
+        monkeypatch.setattr("tempfile.mkstemp", fail)
+    with pytest.raises(ResourceError, match=r"No space left.*intact"), atomic_write(path) as file:
+        file.write(b"new")
+        if failing == "write":
+            fail()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_outputs_that_cannot_be_written_are_found_before(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name, words in (("", "is a folder"), ("no/file", "mkdir -p"), ("link", "symbolic link")):
+        with pytest.raises(ResourceError, match=words):
+            check_writable(tmp_path / name)
+    check_writable(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_stale_files_go_and_others_stay(tmp_path: Path) -> None:
+    for name in (".partial-abc", "kept"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".partial-folder").mkdir()
+    remove_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]

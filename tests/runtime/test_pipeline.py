@@ -1,0 +1,206 @@
+"""A bundle opened: batches, branches, sizes, faults."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import open_bundle
+from runtime.engines import EngineOptions
+from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
+from runtime.files import sha256
+from runtime.manifest import Manifest, read_manifest
+from runtime.pipeline import Label, Pipeline
+
+SINGLE = EngineOptions(threads=1)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: Path) -> Pipeline:
+    return open_bundle(tiny_bundle / "r2id.onnx", SINGLE)
+
+
+def test_sizes_and_ranges_of_what_is_generated(pipeline: Pipeline) -> None:
+    made = pipeline.generate([1, None], latent=(3, 5), image=(7, 40), steps=2)
+    assert made.images.shape == (2, 1, 7, 40) and made.images.dtype == np.float32
+    assert made.latents.shape == (2, 4, 3, 5)
+    assert np.abs(made.images).max() <= 1
+    default = pipeline.generate([1], latent=(3, 5), steps=1)
+    assert default.images.shape == (1, 1, 12, 20)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 3)])
+def test_an_image_does_not_depend_on_its_batch(pipeline: Pipeline, size: tuple[int, int]) -> None:
+    labels: list[Label] = [3, None, {1: 0.5, 2: 0.5}, 9, 0]
+    together = pipeline.generate(labels, latent=size, steps=3, seed=5, eta=1.0)
+    for index, label in enumerate(labels):
+        alone = pipeline.generate([label], latent=size, steps=3, seed=5, eta=1.0, first_index=index)
+        np.testing.assert_array_equal(alone.images[0], together.images[index])
+
+
+def test_guidance_one_runs_the_label_alone(pipeline: Pipeline) -> None:
+    assert len(pipeline.branches([3, 4], 1.0)[0]) == 1
+    assert len(pipeline.branches([None], 7.0)[0]) == 1
+    conditions, weights = pipeline.branches([3, {1: 0.25, 2: 0.75}], 2.0)
+    assert conditions.shape == (3, 2, 10)
+    weights_by_image = [[float(w[image, 0, 0, 0]) for w in weights] for image in (0, 1)]
+    assert weights_by_image == [[-1, 2, 0], [-1, 0.5, 1.5]]
+
+
+def test_guidance_is_linear_in_its_branches(pipeline: Pipeline) -> None:
+    """One step from the same noise: eps at g = 3 is 3 · eps at 1 minus 2 · eps at 0."""
+    latents = {
+        g: pipeline.generate([4], latent=(4, 6), steps=1, guidance_scale=g).latents
+        for g in (0, 1, 3)
+    }
+    np.testing.assert_allclose(latents[3], 3 * latents[1] - 2 * latents[0], rtol=1e-3, atol=1e-2)
+
+
+def test_encode_and_decode_take_any_size(pipeline: Pipeline) -> None:
+    pixels = np.linspace(-1, 1, 2 * 9 * 14, dtype=np.float32).reshape(2, 1, 9, 14)
+    latent = pipeline.encode(pixels, (1, 3))
+    assert latent.shape == (2, 4, 1, 3) and np.abs(latent).max() <= 1
+    assert pipeline.decode(latent, (5, 1)).shape == (2, 1, 5, 1)
+    assert pipeline.resample(pixels, (18, 28)).shape == (2, 1, 18, 28)
+
+
+def test_eight_threads_draw_what_one_draws(pipeline: Pipeline) -> None:
+    def draw(index: int) -> bytes:
+        return pipeline.generate([index], steps=3, first_index=index).images.tobytes()
+
+    serial = [draw(index) for index in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(draw, range(8))) == serial
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": [10]}, "label 10 is not in this bundle; expected 0 to 9"),
+        ({"labels": []}, "no label"),
+        ({"latent": (0, 8)}, "the nearest is 1x8"),
+        ({"image": (1, 1 << 20)}, "the nearest is 1x65536"),
+        ({"steps": 0}, "steps is 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"eta": -0.5}, "eta is -0.5"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_engine(
+    tiny_bundle: Path, options: dict[str, object], words: str
+) -> None:
+    fresh = open_bundle(tiny_bundle)
+    with pytest.raises(UsageError, match=words):
+        fresh.generate(**{"labels": [1], **options})  # type: ignore[arg-type]
+    assert not fresh._engines
+
+
+def test_a_wrong_input_is_named(pipeline: Pipeline) -> None:
+    engine = pipeline.engine("r2ir_latent_summary")
+    latent = np.zeros((1, 4, 2, 3), np.float32)
+    coordinates = np.zeros((2, 3, 4), np.float32)
+    with pytest.raises(UsageError, match="coordinates is missing"):
+        engine.run({"latent": latent})
+    with pytest.raises(UsageError, match="float64"):
+        engine.run({"latent": latent.astype(np.float64), "coordinates": coordinates})
+    with pytest.raises(UsageError, match="height = 2"):
+        engine.run({"latent": latent, "coordinates": np.zeros((3, 3, 4), np.float32)})
+
+
+def test_nan_in_the_loop_names_its_step(tiny_bundle: Path) -> None:
+    broken = open_bundle(tiny_bundle)
+    film = broken.engine("r2id_film")
+
+    class Poisoned:
+        provider = film.provider
+
+        def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = film.run(inputs)["film"]
+            found[2:] = np.nan
+            return {"film": found}
+
+    broken._engines["r2id_film"] = Poisoned()  # type: ignore[assignment]
+    with pytest.raises(NumericalError, match="step 3 of 5"):
+        broken.generate([1], steps=5)
+
+
+def rewrite(bundle: Path, change: dict[str, object]) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def test_altered_missing_and_foreign_graphs_are_refused(own_bundle: Path) -> None:
+    graph = own_bundle / "r2id.onnx"
+    whole = graph.read_bytes()
+    for data in (whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:], b""):
+        graph.write_bytes(data)
+        with pytest.raises(ArtefactError, match=r"SHA-256 .* the manifest expects"):
+            open_bundle(own_bundle).engine("r2id")
+    graph.write_bytes((own_bundle / "r2id_film.onnx").read_bytes())
+    with pytest.raises(ArtefactError, match="of another bundle"):
+        open_bundle(own_bundle).engine("r2id")
+    graph.unlink()
+    with pytest.raises(ArtefactError, match=r"no such file.*make export"):
+        open_bundle(own_bundle).engine("r2id")
+
+
+def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None:
+    (own_bundle / "r2id.onnx").write_bytes(b"not a graph")
+    graphs = json.loads((own_bundle / "manifest.json").read_text())["graphs"]
+    graphs["r2id"]["sha256"] = sha256(b"not a graph")
+    rewrite(own_bundle, {"graphs": graphs})
+    with pytest.raises(ArtefactError, match="refuses it"):
+        open_bundle(own_bundle).engine("r2id")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 99}, "format 99; this version reads 1"),
+        ({"graphs": {}}, "names no graph r2id"),
+        ({"graphs": {"r2id": {}}}, "not a manifest"),
+        ({"model": {"name": "x"}}, "expected exactly"),
+        ({"labels": None}, "not a manifest"),
+    ],
+)
+def test_edited_manifests_are_refused(
+    own_bundle: Path, change: dict[str, object], words: str
+) -> None:
+    rewrite(own_bundle, change)
+    with pytest.raises(ArtefactError, match=words):
+        open_bundle(own_bundle).generate([1])
+
+
+def test_a_manifest_cannot_point_outside_its_folder(own_bundle: Path) -> None:
+    graphs = json.loads((own_bundle / "manifest.json").read_text())["graphs"]
+    graphs["r2id"]["file"] = "../r2id.onnx"
+    rewrite(own_bundle, {"graphs": graphs})
+    with pytest.raises(ArtefactError, match="outside the bundle"):
+        open_bundle(own_bundle)
+
+
+def test_a_manifest_can_be_pinned(tiny_bundle: Path) -> None:
+    found = read_manifest(tiny_bundle).sha256
+    assert open_bundle(tiny_bundle, expect_sha256=found).manifest.sha256 == found
+    with pytest.raises(ArtefactError, match="Do not use it"):
+        open_bundle(tiny_bundle, expect_sha256="0" * 64)
+
+
+def test_a_manifest_reads_back_as_written(tiny_bundle: Path, tmp_path: Path) -> None:
+    manifest: Manifest = read_manifest(tiny_bundle)
+    manifest.write(tmp_path)
+    assert (tmp_path / "manifest.json").read_bytes() == (tiny_bundle / "manifest.json").read_bytes()
+
+
+def test_a_provider_that_is_not_there_is_an_error_unless_allowed(tiny_bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match=r"expected CUDAExecutionProvider.*\[gpu\]"):
+        open_bundle(tiny_bundle, EngineOptions("cuda")).engine("r2id_film")
+    fallen = open_bundle(tiny_bundle, EngineOptions("cuda", allow_fallback=True))
+    assert fallen.engine("r2id_film").provider == "cpu"
+
+
+def test_a_plan_without_tensorrt_offers_the_onnx_graph(tiny_bundle: Path) -> None:
+    with pytest.raises(IncompatibleError, match=r"TensorRT.*r2id\.onnx"):
+        open_bundle(tiny_bundle / "r2id.plan")

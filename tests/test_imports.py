@@ -1,0 +1,62 @@
+"""The import rules of the architecture, proved by reading the code and by running it bare."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("runtime", "reference", "export", "calibration")
+# What a package may import of ours, besides itself.
+ALLOWED = {
+    "runtime": set(),
+    "reference": {"runtime"},
+    "export": {"runtime", "reference"},
+    "calibration": {"runtime"},
+}
+TENSORRT = {"export/to_plan.py", "runtime/engines/tensorrt.py"}
+
+
+def modules() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    package = name.split("/")[0]
+    found = imported(path)
+    assert found & set(PACKAGES) <= ALLOWED[package] | {package}
+    if package in ("runtime", "calibration"):
+        assert not found & {"torch", "onnxscript"}
+    if name not in TENSORRT:
+        assert not found & {"tensorrt", "tensorrt_rtx"}
+
+
+def test_the_runtime_imports_nothing_heavy() -> None:
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "runtime").rglob("*.py"))
+    ]
+    probe = (
+        "import importlib, sys\n"
+        f"for name in {names}: importlib.import_module(name)\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'PIL', 'tensorrt'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
