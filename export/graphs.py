@@ -41,7 +41,7 @@ def tokens_of(x: Tensor) -> Tensor:
 
 def response_of(x: Tensor) -> Tensor:
     """GRN's ratios of tokens `[B, N, d]` -> `[B, 1, d]`: root mean squares over their mean."""
-    root = x.square().mean(1, keepdim=True).sqrt()
+    root = (x * x).mean(1, keepdim=True).sqrt()
     return root / (root.mean(2, keepdim=True) + GRN_EPSILON)
 
 
@@ -81,9 +81,9 @@ class Heads(nn.Module):
 
     def normalise(self, q: Tensor, k: Tensor, epsilon: Tensor | float) -> Tensor:
         """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head, k `[B, d]` -> `[B, N, d]`."""
-        total = q @ (k.unsqueeze(2) * self.mask)  # [B, N, a]
-        split = q.unflatten(2, (self.heads, -1)) / (total + epsilon).unsqueeze(3)
-        return split.flatten(2)
+        total = q @ (k.unsqueeze(2) * self.mask) + epsilon  # [B, N, a]
+        # Spreading a head's number over its channels by a product needs no reshape of q.
+        return q * (total.reciprocal() @ self.mask.T)
 
 
 class Attention(nn.Module):

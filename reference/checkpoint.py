@@ -71,7 +71,7 @@ def save(path: Path, models: Models, provenance: dict[str, Any], dtype: torch.dt
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint; raises ArtefactError listing every tensor that does not fit."""
     data = read_bytes(path, "a checkpoint (.safetensors)", "Train one with: make train")
-    metadata = read_metadata(data, path)
+    tensors, metadata = parse(data, path)
     missing = [key for key in ("config", "provenance") if key not in metadata]
     if missing:
         raise ArtefactError(
@@ -79,14 +79,19 @@ def load(path: Path) -> Checkpoint:
             "Convert published weights with: python -m reference.published"
         )
     config = ModelConfig.from_json(_json(metadata["config"], path), f"{path}")
-    try:
-        tensors = load_safetensors(data)
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: not a whole safetensors file ({error})") from None
     models = Models(config)
     load_tensors(models, tensors, path)
     provenance = _json(metadata["provenance"], path)
     return Checkpoint(models.eval().requires_grad_(False), provenance, sha256(data))
+
+
+def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file's bytes; raises ArtefactError."""
+    metadata = read_metadata(data, path)
+    try:
+        return load_safetensors(data), metadata
+    except SafetensorError as error:
+        raise ArtefactError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def read_metadata(data: bytes, path: Path) -> dict[str, str]:

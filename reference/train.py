@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -32,15 +31,20 @@ from reference.initialisation import initialise_r2id, initialise_r2ir
 from reference.r2id import R2ID
 from reference.r2ir import R2IR, grid_tokens, tokens_from_grid
 from reference.text import LabelCondition
-from runtime import cli
+from runtime import cli, schedule
 from runtime.config import ModelConfig
 from runtime.errors import NumericalError, UsageError
 from runtime.files import atomic_write, read_bytes, remove_stale, sha256
-from runtime.schedule import OFFSET
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("r2ir", "r2id")
+DATASETS = ("mnist", "folder")
 DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
+COMMON_KEYS = {
+    *("steps", "batch", "learning_rate", "final_rate", "warmup", "weight_decay", "clip", "ema"),
+    *("attention_dropout", "ffn_dropout", "jitter", "latent", "aspect"),
+}
+STAGE_KEYS = {"r2ir": {"queries", "images"}, "r2id": {"cross_dropout", "condition_dropout"}}
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,24 @@ def read_config(name: str) -> dict[str, Any]:
         raise UsageError(f"--config {name}: no such file; expected one of {names}") from None
     except ValueError as error:
         raise UsageError(f"--config {name}: not TOML ({error})") from None
-    missing = [k for k in ("dataset", "seed", "image", "model", *STAGES) if k not in config]
-    if missing:
-        raise UsageError(f"--config {name}: lacks {missing}; compare with reference/configs")
+    check_keys(name, config, {"dataset", "seed", "image", "model", *STAGES})
+    for stage, keys in STAGE_KEYS.items():
+        check_keys(f"{name} [{stage}]", config[stage], COMMON_KEYS | keys)
+    if config["dataset"] not in DATASETS:
+        raise UsageError(
+            f"--config {name}: dataset is {config['dataset']!r}; expected one of {DATASETS}"
+        )
     return config
+
+
+def check_keys(name: str, section: dict[str, Any], expected: set[str]) -> None:
+    """Raise UsageError where a configuration's section has not exactly the expected keys."""
+    missing, surplus = sorted(expected - section.keys()), sorted(section.keys() - expected)
+    if missing or surplus:
+        raise UsageError(
+            f"--config {name}: lacks {missing} and has unknown {surplus}; "
+            "compare with reference/configs"
+        )
 
 
 def build_models(config: dict[str, Any], source: str) -> checkpoint.Models:
@@ -188,8 +206,8 @@ class R2IDTask:
         else:
             shown = torch.rand(len(label), 1, device=device) >= c["condition_dropout"]
             label = (label * shown).unsqueeze(0)  # [1, B, labels]
-        t = torch.rand(len(latent), device=device)
-        alpha_bar = torch.cos((t + OFFSET) / (1 + OFFSET) * math.pi / 2).square()
+        t = torch.rand(len(latent)).double().numpy()
+        alpha_bar = torch.from_numpy(schedule.alpha_bar(t)).float().to(device)
         a = alpha_bar.view(-1, 1, 1)
         eps = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * eps
@@ -353,13 +371,12 @@ class Run:
         if not self.state_path.exists():
             return 0, 0.0, []
         data = read_bytes(self.state_path, "a training state", "Delete it to start anew")
-        metadata = checkpoint.read_metadata(data, self.state_path)
+        tensors, metadata = checkpoint.parse(data, self.state_path)
         if metadata.get("fingerprint") != self.fingerprint:
             raise UsageError(
                 f"{self.state_path}: belongs to another configuration or data set. "
                 "Give another --out, or delete the file to start anew"
             )
-        tensors = load_safetensors(data)
 
         def part(prefix: str) -> dict[str, Tensor]:
             chosen = {k: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -90,7 +90,11 @@ def test_outputs_are_checked_before_compute(
     tiny_bundle: Path, command: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "folder.png").mkdir()
-    for out, words in (("no/such/a.png", "mkdir -p"), ("folder.png", "is a folder")):
+    for out, words in (
+        ("no/such/a.png", "mkdir -p"),
+        ("folder.png", "is a folder"),
+        ("/proc/a.png", "cannot be written"),  # read-only for every user
+    ):
         code, line = generate(command, tiny_bundle, "--out", out)
         assert code == 5 and words in line
 

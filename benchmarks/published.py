@@ -1,0 +1,79 @@
+"""R2ID in the layout of the published code, as what a user would export without this toolkit.
+
+Channels first as in the specification: `[B, C, H, W]` maps, 1×1 convolutions, and a transpose into
+and out of each attention. Weights are those of our reference model, so that the outputs agree.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.checkpoint import Models
+from reference.layers import GRN_EPSILON, AdaLN, LinearAttention
+from reference.r2id import EncoderBlock
+
+
+def conv(x: Tensor, linear: nn.Linear) -> Tensor:
+    """A 1×1 convolution of `[B, C, H, W]`."""
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
+def adapt(norm: AdaLN, x: Tensor, film: Tensor) -> Tensor:
+    """AdaLN of a map: GRN over its pixels, then scale and shift from film `[B, f]`."""
+    response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
+    ratio = response / (response.mean(1, keepdim=True) + GRN_EPSILON)
+    gamma, beta = norm.norm.gamma.view(1, -1, 1, 1), norm.norm.beta.view(1, -1, 1, 1)
+    normed = gamma * (x * ratio) + beta + x * ratio + x
+    scale, shift = norm.film(film)[:, :, None, None].chunk(2, 1)
+    return normed * (1 + scale) + shift
+
+
+def attend(attention: LinearAttention, x: Tensor, memory: Tensor | None = None) -> Tensor:
+    """Attention of a map to itself, or to text tokens `[B, T, d]`."""
+    tokens = x.flatten(2).transpose(1, 2)
+    read = attention(tokens, tokens if memory is None else memory)
+    return read.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def channels(scale: Tensor) -> Tensor:
+    return scale.view(1, -1, 1, 1)
+
+
+def run_block(block: EncoderBlock, x: Tensor, film: Tensor, text: Tensor | None = None) -> Tensor:
+    """An encoder block, or with `text` a decoder block."""
+    w = x + channels(block.attention_scale) * attend(
+        block.attention, adapt(block.attention_norm, x, film)
+    )
+    if text is not None:
+        crossed = attend(block.cross, adapt(block.cross_norm, w, film), text)
+        w = w + channels(block.cross_scale) * crossed
+    hidden = F.silu(conv(adapt(block.ffn_norm, w, film), block.ffn.up))
+    w = w + channels(block.ffn_scale) * conv(hidden, block.ffn.down)
+    return x + channels(block.block_scale) * w
+
+
+class PublishedR2ID(nn.Module):
+    """One guided step, everything computed in it but the coordinates."""
+
+    def __init__(self, models: Models):
+        super().__init__()
+        self.models = models
+
+    def forward(
+        self, latent: Tensor, coordinates: Tensor, alpha_bar: Tensor, labels: Tensor
+    ) -> Tensor:
+        """latent `[1, C, H, W]`, coordinates `[H, W, 4]`, labels `[K, 1, labels]` -> eps
+        `[K, C, H, W]`: encoder blocks once, decoder blocks for each condition in turn."""
+        r2id = self.models.r2id
+        position = r2id.position(coordinates).permute(2, 0, 1).unsqueeze(0)
+        film = r2id.film(r2id.time(alpha_bar))
+        x = conv(torch.cat([latent, position], 1), r2id.latent_in)
+        for block in r2id.encoder:
+            x = run_block(block, x, film)
+        branches = []
+        for label in labels.unbind(0):
+            y, text = x, self.models.condition(label)
+            for block in r2id.decoder:
+                y = run_block(block, y, film, text)
+            branches.append(conv(y, r2id.eps_out))
+        return torch.cat(branches)
