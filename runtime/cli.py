@@ -5,11 +5,16 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from runtime.errors import INTERRUPTED_EXIT_CODE, ResourceError, ToolkitError
 
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
+
+PROVIDERS = ("cpu", "cuda", "directml", "coreml")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -32,6 +37,25 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that opens a bundle; `open_bundle` reads them."""
+    add = parser.add_argument
+    add("--engine", type=Path, default=Path("r2id.onnx"), help="a bundle's folder, or a file in it")
+    add("--provider", choices=PROVIDERS, default="cpu", help="what runs the graphs (cpu)")
+    add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
+    add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
+    add("--expect-sha256", help="refuse a manifest of any other SHA-256")
+
+
+def open_bundle(args: argparse.Namespace) -> "Pipeline":
+    """The bundle that `add_engine_options` asked for; see `runtime.open_bundle`."""
+    from runtime.engines import EngineOptions
+    from runtime.pipeline import open_bundle
+
+    options = EngineOptions(args.provider, args.allow_fallback, args.threads)
+    return open_bundle(args.engine, options, args.expect_sha256)
 
 
 def size(text: str) -> tuple[int, int]:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
-PROVIDER_NAMES = ("cpu", "cuda", "directml", "coreml")
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
     "label": None,
@@ -51,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = argparse.ArgumentParser(prog="python -m runtime.generate", description=__doc__)
     add = p.add_argument
-    add("--engine", type=Path, default=Path("r2id.onnx"), help="a bundle's folder, or a file in it")
     add("--label", type=labels, help="7 | 1,3 | 0-9 | none | 3*0.7+8*0.3 (default: every label)")
     add("--count", type=cli.number(1, 10_000, int), help="images per label (1)")
     add("--latent", type=cli.size, help="HxW of the latent (the bundle's default)")
@@ -63,11 +61,8 @@ def parser() -> argparse.ArgumentParser:
     add("--first-index", type=cli.number(0, 1 << 40, int), help="index of the first image (0)")
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
-    add("--provider", choices=PROVIDER_NAMES, default="cpu", help="what runs the graphs (cpu)")
-    add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
-    add("--threads", type=cli.number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
-    add("--expect-sha256", help="refuse a manifest of any other SHA-256")
+    cli.add_engine_options(p)
     return p
 
 
@@ -112,12 +107,8 @@ def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
 
 def generate(args: argparse.Namespace) -> None:
     """Check the request and the output, then draw batch after batch."""
-    from runtime.engines import EngineOptions
-    from runtime.pipeline import open_bundle
-
     wanted = request(args)
-    options = EngineOptions(args.provider, args.allow_fallback, args.threads)
-    pipeline = open_bundle(args.engine, options, args.expect_sha256)
+    pipeline = cli.open_bundle(args)
     if args.from_png is not None:
         check_bundle(pipeline, args.from_png)
     resolve(pipeline, wanted)

@@ -3,6 +3,7 @@
 Letters: B images, K conditions, C latent channels, c colours, H × W latent, h × w pixels.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +58,14 @@ class Pipeline:
         self.options = options or EngineOptions()
         self.model = manifest.model
         self._engines: dict[str, Engine] = {}
+        self._opening = threading.Lock()
 
     def engine(self, graph: str) -> Engine:
         """The engine of a graph, opened on first use."""
-        if graph not in self._engines:
-            self._engines[graph] = open_engine(self.manifest, graph, self.options)
-        return self._engines[graph]
+        with self._opening:
+            if graph not in self._engines:
+                self._engines[graph] = open_engine(self.manifest, graph, self.options)
+            return self._engines[graph]
 
     def noise(self, seed: int, indices: Sequence[int], latent: Size) -> NoiseStreams:
         """The noise streams of images `indices` at a latent size."""

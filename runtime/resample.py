@@ -15,25 +15,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=cli.size, required=True, help="HxW of the result")
     p.add_argument("--latent", type=cli.size, help="HxW of the latent (the training ratio)")
     p.add_argument("--out", type=Path, help="PNG to write (beside the input, with its new size)")
-    p.add_argument(
-        "--engine", type=Path, default=Path("r2id.onnx"), help="a bundle's folder, or a file in it"
-    )
-    p.add_argument("--threads", type=cli.number(0, 1024, int), default=0, help="CPU threads (all)")
+    cli.add_engine_options(p)
     return p
 
 
 def resample(args: argparse.Namespace) -> None:
     """Encode the image, decode it at the new size, write it."""
-    from runtime.engines import EngineOptions
     from runtime.images import load_pixels, save_png, to_uint8
-    from runtime.pipeline import open_bundle
 
     height, width = args.size
     out: Path = args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
     check_writable(out)
-    pipeline = open_bundle(args.engine, EngineOptions(threads=args.threads))
+    pipeline = cli.open_bundle(args)
     pipeline.check_size("r2ir_decode", args.size)
     pixels = load_pixels(args.input, pipeline.model.r2ir.color_channels)
     result = pipeline.resample(pixels, args.size, args.latent)

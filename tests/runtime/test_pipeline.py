@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import open_bundle
+from runtime import cli, open_bundle
 from runtime.engines import EngineOptions
+from runtime.engines.onnxruntime import PROVIDERS
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.files import sha256
 from runtime.manifest import Manifest, read_manifest
@@ -199,6 +200,10 @@ def test_a_provider_that_is_not_there_is_an_error_unless_allowed(tiny_bundle: Pa
         open_bundle(tiny_bundle, EngineOptions("cuda")).engine("r2id_film")
     fallen = open_bundle(tiny_bundle, EngineOptions("cuda", allow_fallback=True))
     assert fallen.engine("r2id_film").provider == "cpu"
+
+
+def test_every_provider_of_the_command_line_is_known() -> None:
+    assert tuple(PROVIDERS) == cli.PROVIDERS
 
 
 def test_a_plan_without_tensorrt_offers_the_onnx_graph(tiny_bundle: Path) -> None:

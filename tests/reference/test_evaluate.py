@@ -1,0 +1,36 @@
+"""Evaluation: the report holds every measure, and the classifier reads what is there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from reference.evaluate import GENERATION_SIZES, middle, name_of
+from tests.conftest import Command
+from tests.reference.test_data import MNIST
+
+
+def test_the_middle_is_the_shorter_side() -> None:
+    wide = torch.arange(20.0).reshape(1, 1, 2, 10)
+    assert middle(wide).tolist() == [[[[4, 5], [14, 15]]]]
+    assert torch.equal(middle(wide.transpose(2, 3)), middle(wide).transpose(2, 3))
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason=f"no MNIST at {MNIST}; set MNIST to its folder")
+def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: Command) -> None:
+    """Random weights draw nothing that can be read, while the classifier reads real digits."""
+    args = ("--checkpoint", tiny_bundle / "tiny.safetensors", "--data", MNIST, "--out", "out")
+    small = ("--images", 20, "--digits", 40, "--steps", 1)
+    done = command("reference.evaluate", *args, *small)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["classifier_accuracy"] > 0.98
+    assert report["digits_read_right"].keys() == {name_of(size) for size in GENERATION_SIZES}
+    assert all(share < 0.5 for share in report["digits_read_right"].values())
+    assert all(error > 0.05 for error in report["reconstruction_mse"].values())
+    assert len(report["eps_mse_over_t"]["8x8"]["label"]) == 20
+    for name in ("digits-16x9", "reconstructions", "latent-channels", "eps-over-t"):
+        assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 10
+    assert "digits read right" in done.stdout
