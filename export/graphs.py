@@ -412,8 +412,8 @@ class Denoise(nn.Module):
         super().__init__()
         r2id = models.r2id
         self.project = SplitInput(r2id.latent_in, r2id.config.latent_channels)
-        self.encoder = nn.ModuleList(StepBlock(block) for block in r2id.encoder)  # type: ignore[arg-type]
-        self.decoder = nn.ModuleList(StepBlock(block) for block in r2id.decoder)  # type: ignore[arg-type]
+        self.encoder = nn.ModuleList(StepBlock(block) for block in r2id.encoder)
+        self.decoder = nn.ModuleList(StepBlock(block) for block in r2id.decoder)
         self.out = Projection(r2id.eps_out)
 
     def forward(
