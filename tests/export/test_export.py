@@ -29,7 +29,8 @@ def models() -> checkpoint.Models:
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert verify.relative_error(found.numpy(), wanted.numpy()) <= verify.TOLERANCE
+    error = verify.relative_error(found.detach().numpy(), wanted.detach().numpy())
+    assert error <= verify.TOLERANCE
 
 
 def at(height: int, width: int) -> torch.Tensor:

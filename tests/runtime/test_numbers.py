@@ -82,6 +82,7 @@ def test_guidance_weighs_branches() -> None:
         ddim.guide(eps, (1, 2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's own word on infinity
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_nan_stops_the_loop_and_names_the_step(bad: float) -> None:
     def denoise(x: np.ndarray, step: int) -> list[np.ndarray]:
