@@ -5,7 +5,7 @@ DATA ?= data/mnist
 CHECKPOINT ?= reference/weights/mnist.safetensors
 BIN := .venv/bin
 TORCH := torch==2.13.0
-CODE := runtime reference export calibration tests benchmarks
+CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .PHONY: help generate export train evaluate bench test lint clean

@@ -53,7 +53,9 @@ class TimeFeatures(nn.Module):
 
     def forward(self, alpha_bar: Tensor) -> Tensor:
         with torch.autocast(alpha_bar.device.type, enabled=False):
-            centred = alpha_bar.float() * (1 - 2e-6) - (0.5 - 1e-6)
+            # alpha_bar · (1 - 2e-6) written as a difference: torch.onnx's optimiser takes a
+            # product with a number so near 1 for one with 1, and drops it.
+            centred = alpha_bar.float() - alpha_bar.float() * 2e-6 - (0.5 - 1e-6)
             angles = centred.unsqueeze(-1) * self.frequencies.float()
             features = torch.cat([angles.sin(), angles.cos()], -1)
             return F.layer_norm(features, features.shape[-1:])

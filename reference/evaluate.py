@@ -283,7 +283,7 @@ def main() -> None:
     p.add_argument("--images", type=cli.number(10, 10_000, int), default=10_000)
     p.add_argument("--digits", type=cli.number(10, 100_000, int), default=500, help="per size")
     p.add_argument("--steps", type=cli.number(1, 10_000, int), default=50, help="DDIM steps")
-    p.add_argument("--guidance", type=cli.number(-100, 100), default=3.0)
+    p.add_argument("--guidance", type=cli.number(-100, 100), default=2.0)
     cli.run(evaluate, p)
 
 

@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "latent": None,
     "image": None,
     "steps": 50,
-    "guidance": 3.0,
+    "guidance": 2.0,
     "eta": 0.0,
     "seed": 0,
     "first_index": 0,
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--latent", type=cli.size, help="HxW of the latent (the bundle's default)")
     add("--image", type=cli.size, help="HxW of the image (the training ratio of the latent)")
     add("--steps", type=cli.number(1, 10_000, int), help="DDIM steps (50)")
-    add("--guidance", type=cli.number(-100, 100), help="guidance_scale; 1 is the label alone (3)")
+    add("--guidance", type=cli.number(-100, 100), help="guidance_scale; 1 is the label alone (2)")
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), help="seed of the noise (0)")
     add("--first-index", type=cli.number(0, 1 << 40, int), help="index of the first image (0)")

@@ -87,7 +87,7 @@ class Pipeline:
         latent: Size | None = None,
         image: Size | None = None,
         steps: int = 50,
-        guidance_scale: float = 3.0,
+        guidance_scale: float = 2.0,
         eta: float = 0.0,
         seed: int = 0,
         first_index: int = 0,
