@@ -37,6 +37,7 @@ GENERATION_SIZES = (
 SHEET_SIZES = ((4, 4), (8, 8), (16, 16), (9, 6), (6, 9), (16, 9), (9, 16), (24, 24))
 SCRAPE_POINTS = 20
 CLASSIFIER_STEPS = 1500
+TOKENS_AT_ONCE = 4000
 SEED = 1234
 
 Size = tuple[int, int]
@@ -100,9 +101,9 @@ def middle(images: Tensor) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def batches(count: int, size: tuple[int, int]) -> list[slice]:
-    """Slices of a batch that fits in memory at a latent size."""
-    step = max(10, min(250, 16_000 // (size[0] * size[1])))
+def batches(count: int, size: Size) -> list[slice]:
+    """Slices whose tokens at a latent size fit in a processor's cache."""
+    step = max(10, TOKENS_AT_ONCE // (size[0] * size[1]))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
