@@ -72,23 +72,35 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
     if args.from_png is not None:
         from runtime.images import read_metadata
 
-        metadata = read_metadata(args.from_png)
-        missing = [key for key in DEFAULTS if key not in metadata.get("request", {})]
-        if missing:
-            raise ArtefactError(f"{args.from_png}: its metadata lacks {missing} of a request")
-        made |= {key: _from_json(key, metadata["request"][key]) for key in DEFAULTS}
+        made = repeated(args.from_png, read_metadata(args.from_png))
     given = {key: getattr(args, key) for key in DEFAULTS}
     return made | {key: value for key, value in given.items() if value is not None}
 
 
+def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The request in a PNG's metadata; raises ArtefactError where it is not whole."""
+    try:
+        return {key: _from_json(key, metadata["request"][key]) for key in DEFAULTS}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ArtefactError(
+            f"{png}: its metadata holds no whole request ({type(error).__name__}: {error}); "
+            "expected a PNG made by runtime.generate, unaltered"
+        ) from None
+
+
 def _from_json(key: str, value: Any) -> Any:
-    if key in ("latent", "image") and value is not None:
-        return int(value[0]), int(value[1])
-    if key == "label" and value is not None:
-        return [
-            {int(k): float(w) for k, w in v.items()} if isinstance(v, Mapping) else v for v in value
-        ]
-    return value
+    if key in ("latent", "image"):
+        height, width = value
+        return int(height), int(width)
+    if key == "label":
+        return [_label_from_json(label) for label in value]
+    return type(DEFAULTS[key])(value)
+
+
+def _label_from_json(label: Any) -> "Label":
+    if isinstance(label, Mapping):
+        return {int(number): float(weight) for number, weight in label.items()}
+    return None if label is None else int(label)
 
 
 def output_paths(out: Path, count: int, first_index: int) -> list[Path]:

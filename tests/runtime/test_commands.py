@@ -69,9 +69,10 @@ def test_bad_artefacts_have_exit_code_3(own_bundle: Path, command: Command, tmp_
     (own_bundle / "r2ir_decode.onnx").write_bytes(b"damaged")
     code, line = generate(command, own_bundle, "--out", "old.png")
     assert code == 3 and "r2ir_decode.onnx" in line and not (tmp_path / "old.png").exists()
-    save_png(tmp_path / "plain.png", np.zeros((2, 2, 1), np.uint8), {})
-    code, line = generate(command, own_bundle, "--from-png", "plain.png")
-    assert code == 3 and "lacks" in line
+    for metadata in ({}, {"request": 7}, {"request": {"label": 3}}):
+        save_png(tmp_path / "plain.png", np.zeros((2, 2, 1), np.uint8), metadata)
+        code, line = generate(command, own_bundle, "--from-png", "plain.png")
+        assert code == 3 and "no whole request" in line
 
 
 def test_environment_errors_have_exit_code_4(
