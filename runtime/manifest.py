@@ -16,7 +16,7 @@ from runtime.config import ModelConfig
 from runtime.errors import ArtefactError, UsageError
 from runtime.files import atomic_write, read_bytes, sha256
 
-FORMAT = 1
+FORMAT = 2
 FILE_NAME = "manifest.json"
 DEFAULT_BUNDLE = Path("build/mnist")
 REBUILD = "Make the bundle again with: make export"
@@ -81,8 +81,35 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class PlanSpec:
+    """A TensorRT plan of one graph: where it came from and what it runs on.
+
+    `source_sha256` is of the ONNX graph it was built from; `flavour` is `tensorrt` or
+    `tensorrt_rtx`; `targets` are compute capabilities such as `sm89`; `platform` is an operating
+    system and a processor. A profile maps each dynamic axis to (minimum, optimum, maximum).
+    """
+
+    file: str
+    sha256: str
+    graph: str
+    precision: str
+    source_sha256: str
+    flavour: str
+    version: str
+    targets: tuple[str, ...]
+    platform: str
+    profiles: tuple[dict[str, tuple[int, int, int]], ...]
+    build_seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """A bundle's manifest, checked on reading; `folder` and `sha256` are of its own file."""
+    """A bundle's manifest, checked on reading; `folder` and `sha256` are of its own file.
+
+    `graphs` are fp32; `variants` holds, per precision, the graphs that have a form of their own in
+    it; `plans` are TensorRT plans by file name.
+    """
 
     model: ModelConfig
     labels: tuple[str, ...]
@@ -91,23 +118,27 @@ class Manifest:
     schedule: dict[str, Any]
     trajectory: dict[str, Any]
     graphs: dict[str, GraphSpec]
+    variants: dict[str, dict[str, GraphSpec]] = field(default_factory=dict)
+    plans: dict[str, PlanSpec] = field(default_factory=dict)
     folder: Path = Path()
     sha256: str = ""
 
-    def graph(self, name: str) -> GraphSpec:
-        """The spec of a graph; raises ArtefactError where the bundle lacks it."""
+    def graph(self, name: str, precision: str = "fp32") -> GraphSpec:
+        """The spec of a graph, in `precision` where it has such a form, else in fp32.
+
+        Raises ArtefactError where the bundle lacks the graph.
+        """
         if name not in self.graphs:
             raise ArtefactError(
                 f"{self.folder / FILE_NAME}: names no graph {name}; found {[*self.graphs]}. "
                 f"{REBUILD}"
             )
-        return self.graphs[name]
+        return self.variants.get(precision, {}).get(name, self.graphs[name])
 
-    def graph_bytes(self, name: str) -> bytes:
-        """A graph's file, read once and compared with its hash; raises ArtefactError."""
-        spec = self.graph(name)
+    def file_bytes(self, spec: GraphSpec | PlanSpec) -> bytes:
+        """A graph's or plan's file, read once and compared with its hash; raises ArtefactError."""
         path = self.folder / spec.file
-        data = read_bytes(path, f"the graph {name}", REBUILD)
+        data = read_bytes(path, "a file that the manifest names", REBUILD)
         if sha256(data) != spec.sha256:
             raise ArtefactError(
                 f"{path}: SHA-256 {sha256(data)}; the manifest expects {spec.sha256}. The file "
@@ -166,6 +197,11 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
             dict(content["schedule"]),
             dict(content["trajectory"]),
             graphs,
+            {
+                precision: {name: _graph(spec) for name, spec in own.items()}
+                for precision, own in content["variants"].items()
+            },
+            {file: _plan(spec) for file, spec in content["plans"].items()},
             folder,
             found,
         )
@@ -174,9 +210,10 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
             raise
         reason = f"{type(error).__name__}: {error}"
         raise ArtefactError(f"{path}: not a manifest ({reason}). {REBUILD}") from None
-    for name, spec in graphs.items():
-        if Path(spec.file).name != spec.file:
-            raise ArtefactError(f"{path}: {name} lies at {spec.file!r}, outside the bundle")
+    files = [spec.file for own in (graphs, *manifest.variants.values()) for spec in own.values()]
+    for file in (*files, *(plan.file for plan in manifest.plans.values())):
+        if Path(file).name != file:
+            raise ArtefactError(f"{path}: a file lies at {file!r}, outside the bundle")
     return manifest
 
 
@@ -193,4 +230,20 @@ def _graph(data: dict[str, Any]) -> GraphSpec:
         tensors("outputs"),
         ranges,
         list(data["parity"]),
+    )
+
+
+def _plan(data: dict[str, Any]) -> PlanSpec:
+    texts = ("file", "sha256", "graph", "precision", "source_sha256", "flavour", "version")
+    profiles = tuple(
+        {axis: (int(low), int(best), int(high)) for axis, (low, best, high) in profile.items()}
+        for profile in data["profiles"]
+    )
+    return PlanSpec(
+        **{key: str(data[key]) for key in texts},
+        targets=tuple(str(target) for target in data["targets"]),
+        platform=str(data["platform"]),
+        profiles=profiles,
+        build_seconds=float(data["build_seconds"]),
+        bytes=int(data["bytes"]),
     )

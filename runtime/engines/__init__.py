@@ -48,4 +48,5 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     """
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(manifest.graph(graph), manifest.graph_bytes(graph), options)
+    spec = manifest.graph(graph)
+    return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options)

@@ -79,7 +79,7 @@ def test_the_bundle_is_whole_and_measured(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
     assert manifest.graphs.keys() == NAMES
     for name, spec in manifest.graphs.items():
-        model = onnx.load_from_string(manifest.graph_bytes(name))
+        model = onnx.load_from_string(manifest.file_bytes(manifest.graph(name)))
         assert model.opset_import[0].version >= 20
         assert not any(t.external_data for t in model.graph.initializer)
         for wanted, value in zip(spec.inputs, model.graph.input, strict=True):
@@ -141,7 +141,7 @@ def test_a_failed_export_leaves_the_old_bundle(
     done = command("export", *args)
     assert done.returncode == 3 and "safetensors" in done.stderr
     assert {p.name: p.read_bytes() for p in own_bundle.iterdir()} == before
-    assert json.loads(before["manifest.json"])["format"] == 1
+    assert json.loads(before["manifest.json"])["format"] == 2
 
 
 def test_an_export_into_a_file_is_refused(

@@ -159,7 +159,7 @@ def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 99}, "format 99; this version reads 1"),
+        ({"format": 99}, "format 99; this version reads 2"),
         ({"graphs": {}}, "names no graph r2id"),
         ({"graphs": {"r2id": {}}}, "not a manifest"),
         ({"model": {"name": "x"}}, "expected exactly"),
