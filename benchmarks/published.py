@@ -1,7 +1,8 @@
 """R2ID in the layout of the published code, as what a user would export without this toolkit.
 
-Channels first as in the specification: `[B, C, H, W]` maps, 1×1 convolutions, and a transpose into
-and out of each attention. Weights are those of our reference model, so that the outputs agree.
+Channels first: `[B, C, H, W]` maps, 1×1 convolutions, a transpose into and out of each attention,
+whose products are einsums over split heads. Weights are those of our reference model, so that the
+outputs agree.
 """
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.checkpoint import Models
-from reference.layers import GRN_EPSILON, AdaLN, LinearAttention
+from reference.layers import ATTENTION_EPSILON, GRN_EPSILON, AdaLN, LinearAttention, positive
 from reference.r2id import EncoderBlock
 
 
@@ -23,16 +24,29 @@ def adapt(norm: AdaLN, x: Tensor, film: Tensor) -> Tensor:
     response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
     ratio = response / (response.mean(1, keepdim=True) + GRN_EPSILON)
     gamma, beta = norm.norm.gamma.view(1, -1, 1, 1), norm.norm.beta.view(1, -1, 1, 1)
-    normed = gamma * (x * ratio) + beta + x * ratio + x
+    normed = (1 + gamma) * (x * ratio) + beta + x
     scale, shift = norm.film(film)[:, :, None, None].chunk(2, 1)
     return normed * (1 + scale) + shift
 
 
 def attend(attention: LinearAttention, x: Tensor, memory: Tensor | None = None) -> Tensor:
-    """Attention of a map to itself, or to text tokens `[B, T, d]`."""
+    """Attention of a map to itself, or to text tokens `[B, T, d]`: heads split, four einsums."""
     tokens = x.flatten(2).transpose(1, 2)
-    read = attention(tokens, tokens if memory is None else memory)
+    memory = tokens if memory is None else memory
+    q = split(attention, attention.query_norm(attention.query(tokens)))
+    k = split(attention, attention.key_norm(attention.key(memory)))
+    v = split(attention, attention.value(memory))
+    q, k = positive(q), positive(k)
+    kv = torch.einsum("bhnd,bhne->bhde", k, v)
+    numerator = torch.einsum("bhqd,bhde->bhqe", q, kv)
+    denominator = torch.einsum("bhqd,bhd->bhq", q, k.sum(2)).unsqueeze(-1) + ATTENTION_EPSILON
+    read = attention.out((numerator / denominator).transpose(1, 2).flatten(2))
     return read.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def split(attention: LinearAttention, x: Tensor) -> Tensor:
+    """`[B, N, d]` -> `[B, heads, N, d / heads]`."""
+    return x.unflatten(2, (attention.heads, -1)).transpose(1, 2)
 
 
 def channels(scale: Tensor) -> Tensor:
