@@ -3,35 +3,39 @@
 What lives as long as a size, a schedule, a prompt or an image has a graph of its own, so that the
 step graph holds only what changes with every step. Rewrites, all exact but for rounding:
 
-- phi = relu(x) + exp(min(x, 0)): engines run it several times faster than Elu.
+- phi = relu(x) + exp(x - relu(x)): engines run it several times faster than Elu.
 - Sums over tokens that are only used as ratios are means, so that they stay small at any size;
   sums that leave a graph stay sums, so that those of tiles add up, and are scaled where read.
-- GRN and AdaLN scale and shift channels: x·gain + shift. The gain goes into the rows of the next
-  weights and the shift into their bias, so that no pass over the tokens is left of them.
+- GRN and AdaLN scale and shift channels: x·gain + shift. Only the gain touches the tokens; the
+  shift goes through the next weights and becomes their bias, once per schedule. Weights stay
+  constants, which engines pack and quantise ahead of time.
 - Self-attention reads S = phi(k)ᵀ·x of the plain tokens; value and output projections act on S,
   which has as many rows as channels instead of as many as tokens.
+- What a head reads is a weighted mean, and the mean of a constant is the constant: the biases of
+  value and output projections, and the shift before them, become a row added to the summary.
 - Cross-attention to T text tokens has rank T per head: keys and values meet once per prompt.
 - Residual scales go into the weights before them.
 
-Letters: B batch, K conditions, L blocks, M AdaLN sites, N query and P memory tokens, d width,
-a heads of size e, T text tokens, C latent channels, c colours, S schedule points.
+Letters: B batch, K conditions, L blocks, N query and P memory tokens, d width, a heads of size e,
+T text tokens, C latent channels, c colours, S schedule points, F film values per point.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.checkpoint import Models
-from reference.layers import ATTENTION_EPSILON, FFN, GRN, GRN_EPSILON, AdaLN, LinearAttention
+from reference.layers import ATTENTION_EPSILON, FFN, GRN_EPSILON, AdaLN, LinearAttention
 from reference.r2id import DecoderBlock, EncoderBlock
 from reference.r2ir import Block
 
 
 def positive(x: Tensor) -> Tensor:
     """phi = elu + 1."""
-    return x.relu() + x.clamp(max=0).exp()
+    above = x.relu()
+    return above + (x - above).exp()
 
 
 def tokens_of(x: Tensor) -> Tensor:
@@ -39,33 +43,33 @@ def tokens_of(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def token_mean(x: Tensor) -> Tensor:
+    """Mean over tokens, `[B, N, d]` -> `[B, 1, d]`, as a product: threads share its work."""
+    count = x.shape[1]
+    return x.new_full((1, 1, count), 1.0) / count @ x
+
+
 def response_of(x: Tensor) -> Tensor:
     """GRN's ratios of tokens `[B, N, d]` -> `[B, 1, d]`: root mean squares over their mean."""
-    root = (x * x).mean(1, keepdim=True).sqrt()
+    root = token_mean(x * x).sqrt()
     return root / (root.mean(2, keepdim=True) + GRN_EPSILON)
 
 
-def scaled(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(x·gain + shift)·weight + bias with the gain in the weight's rows.
-
-    x `[B, N, d]`, gain and shift `[B, 1, d]` or `[1, 1, d]`, weight `[d, out]` -> `[B, N, out]`.
-    """
-    return x @ (gain.transpose(1, 2) * weight) + (shift @ weight + bias)
-
-
 class Projection(nn.Module):
-    """A linear layer as a matrix on the right, its output scaled per channel."""
+    """A linear layer as a matrix on the right, its output scaled per channel.
 
-    def __init__(self, linear: nn.Linear, scale: Tensor | float = 1.0):
+    With `shift`, its input lacks that shift and the bias makes up for it.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: Tensor | float = 1.0, shift: Tensor | None = None):
         super().__init__()
-        self.weight = nn.Parameter((linear.weight.T * scale).contiguous())  # [in, out]
-        self.bias = nn.Parameter(linear.bias * scale)
+        weight, bias = linear.weight.T * scale, linear.bias * scale
+        self.weight = nn.Parameter(weight.contiguous())  # [in, out]
+        self.bias = nn.Parameter(bias if shift is None else bias + shift @ weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-    def scaled(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        return scaled(x, gain, shift, self.weight, self.bias)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x `[.., in]` -> `[.., out]`; a `bias` given takes the place of its own."""
+        return x @ self.weight + (self.bias if bias is None else bias)
 
 
 class Heads(nn.Module):
@@ -75,28 +79,33 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.count = heads
         mask = torch.eye(heads).repeat_interleave(width // heads, 0)
         self.register_buffer("mask", mask, persistent=False)
 
-    def normalise(self, q: Tensor, k: Tensor, epsilon: Tensor | float) -> Tensor:
-        """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head, k `[B, d]` -> `[B, N, d]`."""
-        total = q @ (k.unsqueeze(2) * self.mask) + epsilon  # [B, N, a]
+    def spread(self, k: Tensor) -> Tensor:
+        """`[B, 1, d]` -> `[B, d, a]`: each channel in its head's column."""
+        return k.transpose(1, 2) * self.mask
+
+    def normalise(self, q: Tensor, spread: Tensor, epsilon: Tensor | float) -> Tensor:
+        """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head -> `[B, N, d]`."""
+        total = q @ spread + epsilon  # [B, N, a]
         # Spreading a head's number over its channels by a product needs no reshape of q.
-        return q * (total.reciprocal() @ self.mask.T)
+        return q / (total @ self.mask.T)
 
 
 class Attention(nn.Module):
     """Linear attention through a summary of its memory: kv `[B, d, d]` and k `[B, d]`.
 
-    Head h owns e rows of kv, Σ phi(k_h)ᵀ·v_h·Wo_h: the output projection is inside.
+    Head h owns e rows of kv, Σ phi(k_h)ᵀ·(v_h·Wo_h + bo/a): the output projection is inside.
+    `shift` is what the queries' input lacks (see Projection).
     """
 
-    def __init__(self, attention: LinearAttention, scale: Tensor):
+    def __init__(self, attention: LinearAttention, scale: Tensor, shift: Tensor | None = None):
         super().__init__()
         width = len(attention.query.weight)
         self.heads = Heads(width, attention.heads)
-        self.query, self.key = Projection(attention.query), Projection(attention.key)
+        self.query, self.key = Projection(attention.query, 1.0, shift), Projection(attention.key)
         self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
         value, out = Projection(attention.value), Projection(attention.out, scale)
         split = (attention.heads, -1)
@@ -104,66 +113,69 @@ class Attention(nn.Module):
         self.value_weight = nn.Parameter(by_head.contiguous())
         self.value_bias = nn.Parameter(value.bias.unflatten(0, split).unsqueeze(1))  # [a, 1, e]
         self.out_weight = nn.Parameter(out.weight.unflatten(0, split))  # [a, e, d]
-        self.out_bias = nn.Parameter(out.bias)
+        self.out_bias = nn.Parameter(out.bias / attention.heads)
 
-    def queries(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        """phi(q) of x·gain + shift: `[B, N, d]`."""
-        return positive(self.query_norm(self.query.scaled(x, gain, shift)))
+    def values(self, x: Tensor) -> Tensor:
+        """v·Wo + bo/a of each head: x `[.., 1, n, d]` -> `[.., a, n, d]`."""
+        return (x @ self.value_weight + self.value_bias) @ self.out_weight + self.out_bias
 
-    def fold(self, sums: Tensor, k: Tensor) -> Tensor:
-        """Σ phi(k)ᵀ·y `[B, d, d]` and k = Σ phi(k) `[B, d]` -> kv `[B, d, d]`."""
-        heads = self.heads.heads
-        by_head = sums.unflatten(1, (heads, -1)) @ self.value_weight  # [B, a, e, e]
-        by_head = by_head + k.unflatten(1, (heads, -1)).unsqueeze(3) * self.value_bias
-        return (by_head @ self.out_weight).flatten(1, 2)
+    def constant(self, shift: Tensor) -> Tensor:
+        """What each head's summary gains per unit of k by a shift `[S, d]`: `[S, a, d]`."""
+        return self.values(shift.unsqueeze(0)).transpose(0, 1)
+
+    def queries(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """phi(q): `[B, N, d]`."""
+        return positive(self.query_norm(self.query(x, bias)))
+
+    def keys(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """phi(k): `[B, P, d]`."""
+        return positive(self.key_norm(self.key(x, bias)))
+
+    def fold(self, sums: Tensor, spread: Tensor, constant: Tensor) -> Tensor:
+        """kv `[B, d, d]` of Σ phi(k)ᵀ·x `[B, d, d]`, Σ phi(k) spread, and `constant [a, d]`."""
+        by_head = sums.unflatten(1, (self.heads.count, -1)) @ self.value_weight  # [B, a, e, e]
+        return (by_head @ self.out_weight).flatten(1, 2) + spread @ constant
 
     def summarise(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """kv and k of memory tokens `[B, P, d]`: sums, so that those of tiles add up."""
-        keys = positive(self.key_norm(self.key(memory)))
-        k = keys.sum(1)
-        return self.fold(keys.transpose(1, 2) @ memory, k), k
+        keys = self.keys(memory)
+        k = keys.sum(1, keepdim=True)
+        unshifted = self.constant(torch.zeros_like(self.out_bias).unsqueeze(0))[0]
+        kv = self.fold(keys.transpose(1, 2) @ memory, self.heads.spread(k), unshifted)
+        return kv, k.squeeze(1)
 
     def read(self, queries: Tensor, kv: Tensor, k: Tensor) -> Tensor:
         """What the queries find in a summary, projected and scaled: `[B, N, d]`.
 
         kv and k only count relative to each other, so both are brought to the size of a mean.
         """
-        unit = k.mean(1, keepdim=True)  # [B, 1]
-        normal = self.heads.normalise(queries, k / unit, (ATTENTION_EPSILON / unit).unsqueeze(2))
-        return normal @ (kv / unit.unsqueeze(2)) + self.out_bias
+        k = k.unsqueeze(1)
+        unit = k.mean(2, keepdim=True)  # [B, 1, 1]
+        spread = self.heads.spread(k / unit)
+        return self.heads.normalise(queries, spread, ATTENTION_EPSILON / unit) @ (kv / unit)
 
-    def attend_self(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        """Self-attention of y = x·gain + shift, in means over the plain x `[B, N, d]`."""
-        keys = positive(self.key_norm(self.key.scaled(x, gain, shift)))
+    def attend_self(
+        self, x: Tensor, query_bias: Tensor, key_bias: Tensor, constant: Tensor
+    ) -> Tensor:
+        """Self-attention of x `[B, N, d]`, in means; `constant [a·d]` and biases `[d]`: film."""
+        keys = self.keys(x, key_bias)
         count = x.shape[1]
-        k = keys.mean(1)
-        means = keys.transpose(1, 2) @ x / count * gain + k.unsqueeze(2) * shift
-        queries = self.queries(x, gain, shift)
-        normal = self.heads.normalise(queries, k, ATTENTION_EPSILON / count)
-        return normal @ self.fold(means, k) + self.out_bias
+        spread = self.heads.spread(token_mean(keys))
+        by_head = constant.unflatten(0, (self.heads.count, -1))
+        kv = self.fold(keys.transpose(1, 2) @ x / count, spread, by_head)
+        queries = self.queries(x, query_bias)
+        return self.heads.normalise(queries, spread, ATTENTION_EPSILON / count) @ kv
 
 
 class ScaledFFN(nn.Module):
-    """FFN of x·gain + shift, its output times `scale`."""
+    """FFN with its output times `scale`; `shift` is what its input lacks (see Projection)."""
 
-    def __init__(self, ffn: FFN, scale: Tensor):
+    def __init__(self, ffn: FFN, scale: Tensor, shift: Tensor | None = None):
         super().__init__()
-        self.up, self.down = Projection(ffn.up), Projection(ffn.down, scale)
+        self.up, self.down = Projection(ffn.up, 1.0, shift), Projection(ffn.down, scale)
 
-    def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        return self.down(F.silu(self.up.scaled(x, gain, shift)))
-
-
-class Response(nn.Module):
-    """GRN as a gain and a shift per channel, given its ratios."""
-
-    def __init__(self, norm: GRN):
-        super().__init__()
-        self.gamma, self.beta = norm.gamma, norm.beta
-
-    def forward(self, ratio: Tensor) -> tuple[Tensor, Tensor]:
-        """ratio `[B, 1, d]` -> gain `[B, 1, d]`, shift `[1, 1, d]`."""
-        return 1 + (1 + self.gamma) * ratio, self.beta.view(1, 1, -1)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.down(F.silu(self.up(x, bias)))
 
 
 class ResamplerBlock(nn.Module):
@@ -172,9 +184,12 @@ class ResamplerBlock(nn.Module):
     def __init__(self, block: Block):
         super().__init__()
         outer = block.block_scale
-        self.attention = Attention(block.attention, block.attention_scale)
-        self.ffn = ScaledFFN(block.ffn, outer * block.ffn_scale)
-        self.norms = nn.ModuleList([Response(block.attention_norm), Response(block.ffn_norm)])
+        self.attention = Attention(
+            block.attention, block.attention_scale, block.attention_norm.beta
+        )
+        self.ffn = ScaledFFN(block.ffn, outer * block.ffn_scale, block.ffn_norm.beta)
+        norms = (block.attention_norm, block.ffn_norm)
+        self.slopes = nn.ParameterList(1 + norm.gamma for norm in norms)
         self.outer = nn.Parameter(outer.clone())
 
     def forward(
@@ -182,9 +197,10 @@ class ResamplerBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x `[B or 1, N, d]` -> the block's output and both of its ratios `[B or 1, 1, d]`."""
         first = response_of(x) if ratios is None else ratios[0]
-        w = x + self.attention.read(self.attention.queries(x, *self.norms[0](first)), kv, k)
+        queries = self.attention.queries(x * (1 + self.slopes[0] * first))
+        w = x + self.attention.read(queries, kv, k)
         second = response_of(w) if ratios is None else ratios[1]
-        out = x + w * self.outer + self.ffn(w, *self.norms[1](second))
+        out = x + w * self.outer + self.ffn(w * (1 + self.slopes[1] * second))
         return out, first, second
 
 
@@ -284,15 +300,6 @@ class Render(ResamplerRead):
         return self.run(coordinates, kv, k, response)[0]
 
 
-def adaptive_norms(models: Models) -> list[AdaLN]:
-    """Every AdaLN of R2ID in the order in which the step graph meets them."""
-    norms: list[AdaLN] = []
-    for block in (*models.r2id.encoder, *models.r2id.decoder):
-        middle = [block.cross_norm] if isinstance(block, DecoderBlock) else []
-        norms += [block.attention_norm, *middle, block.ffn_norm]
-    return norms
-
-
 class Position(nn.Module):
     """`r2id_position`: coordinates `[H, W, 4]` -> position `[H, W, d]`, the bias included."""
 
@@ -306,31 +313,66 @@ class Position(nn.Module):
         return self.project.position(self.features(coordinates))
 
 
-class Film(nn.Module):
-    """`r2id_film`: alpha_bar `[S]` -> film `[S, M, 2, d]`, the gain and shift of every AdaLN.
+class SiteFilm(nn.Module):
+    """The share of one AdaLN in the film: all that its modulation does to what comes after it.
 
-    AdaLN(x) = (x·(1 + (1 + gamma)·n) + beta)·gain + shift'; beta·gain + shift' is stored.
+    AdaLN(x) = x·(base + slope·ratio) + shift; the shift goes on into the biases of `projections`
+    and the constant of `attention`, if it is one's input.
     """
+
+    def __init__(
+        self, norm: AdaLN, projections: Sequence[Projection], attention: Attention | None = None
+    ):
+        super().__init__()
+        self.film = norm.film
+        self.gamma, self.beta = norm.norm.gamma, norm.norm.beta
+        self.projections, self.attention = nn.ModuleList(projections), attention
+        width = len(self.beta)
+        constant = [attention.heads.count * width] if attention else []
+        self.widths = [width, width, *(len(p.bias) for p in projections), *constant]
+
+    def forward(self, film: Tensor) -> Tensor:
+        """film features `[S, f]` -> base, slope, biases, constant: `[S, Σ widths]`."""
+        gamma, shift = self.film(film).chunk(2, 1)
+        base = 1 + gamma
+        shift = shift + self.beta * base
+        parts = [base, base * (1 + self.gamma), *(p(shift) for p in self.projections)]
+        if self.attention is not None:
+            parts.append(self.attention.constant(shift).flatten(1))
+        return torch.cat(parts, 1)
+
+
+def sites_of(block: EncoderBlock) -> list[SiteFilm]:
+    """The film's shares of a block in the order in which the block uses them."""
+    own, up = Attention(block.attention, block.attention_scale), Projection(block.ffn.up)
+    sites = [SiteFilm(block.attention_norm, [own.query, own.key], own)]
+    if isinstance(block, DecoderBlock):
+        sites.append(SiteFilm(block.cross_norm, [Projection(block.cross.query)]))
+    return [*sites, SiteFilm(block.ffn_norm, [up])]
+
+
+class Film(nn.Module):
+    """`r2id_film`: alpha_bar `[S]` -> film `[S, F]`, the shares of every AdaLN in turn."""
 
     def __init__(self, models: Models):
         super().__init__()
-        self.time, self.film = models.r2id.time, models.r2id.film
-        self.sites = nn.ModuleList(norm.film for norm in adaptive_norms(models))
-        betas = torch.stack([norm.norm.beta for norm in adaptive_norms(models)])
-        self.beta = nn.Parameter(betas)  # [M, d]
+        r2id = models.r2id
+        self.time, self.film = r2id.time, r2id.film
+        blocks = (*r2id.encoder, *r2id.decoder)
+        sites = [site for block in blocks for site in sites_of(block)]
+        self.sites = nn.ModuleList(sites)
+        self.width = sum(width for site in sites for width in site.widths)
 
     def forward(self, alpha_bar: Tensor) -> Tensor:
         film = self.film(self.time(alpha_bar))  # [S, f]
-        gamma, shift = torch.stack([site(film) for site in self.sites], 1).chunk(2, 2)
-        gain = 1 + gamma  # [S, M, d]
-        return torch.stack([gain, shift + self.beta * gain], 2)
+        return torch.cat([site(film) for site in self.sites], 1)
 
 
 class Condition(nn.Module):
     """`r2id_condition`: the prompt's half of every cross-attention.
 
     condition `[K, labels]` -> text_k `[K, L, d, a·T]`, phi(k) of each token in its head's rows,
-    and text_v `[K, L, a·T, d]`, v·Wo of each token and head.
+    and text_v `[K, L, a·T, d]`, v·Wo + bo/a of each token and head.
     """
 
     def __init__(self, models: Models):
@@ -343,98 +385,104 @@ class Condition(nn.Module):
         tokens = self.label(condition)  # [K, T, d]
         ks, vs = [], []
         for block in self.blocks:
-            keys = positive(block.key_norm(block.key(tokens)))
-            spread = keys.transpose(1, 2).unsqueeze(2) * block.heads.mask.unsqueeze(2)
+            keys = block.keys(tokens).transpose(1, 2)
+            spread = keys.unsqueeze(2) * block.heads.mask.unsqueeze(2)
             ks.append(spread.flatten(2))  # [K, d, a·T]
-            by_head = tokens.unsqueeze(1) @ block.value_weight + block.value_bias
-            vs.append((by_head @ block.out_weight).flatten(1, 2))  # [K, a·T, d]
+            vs.append(block.values(tokens.unsqueeze(1)).flatten(1, 2))  # [K, a·T, d]
         return torch.stack(ks, 1), torch.stack(vs, 1)
 
 
 class CrossAttention(nn.Module):
     """Reads text in rank-T form: scores `[.., N, a·T]`, normalised per head, times v·Wo."""
 
-    def __init__(self, attention: LinearAttention, scale: Tensor):
-        super().__init__()
-        self.heads = attention.heads
-        self.query, self.query_norm = Projection(attention.query), attention.query_norm
-        self.out_bias = nn.Parameter(attention.out.bias * scale)
+    same_head: Tensor
 
-    def forward(
-        self, x: Tensor, gain: Tensor, shift: Tensor, text_k: Tensor, text_v: Tensor
-    ) -> Tensor:
-        """x `[B', N, d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
-        queries = positive(self.query_norm(self.query.scaled(x, gain, shift)))
-        scores = (queries @ text_k).unflatten(-1, (self.heads, -1))  # [.., N, a, T]
-        scores = scores / (scores.sum(-1, keepdim=True) + ATTENTION_EPSILON)
-        return scores.flatten(-2) @ text_v + self.out_bias
+    def __init__(self, attention: LinearAttention, tokens: int):
+        super().__init__()
+        self.query, self.query_norm = Projection(attention.query), attention.query_norm
+        blocks = torch.block_diag(*[torch.ones(tokens, tokens)] * attention.heads)
+        self.register_buffer("same_head", blocks, persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        """x `[B', N, d]`, bias `[d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
+        scores = positive(self.query_norm(self.query(x, bias))) @ text_k
+        return scores / (scores @ self.same_head + ATTENTION_EPSILON) @ text_v
 
 
 class StepBlock(nn.Module):
-    """An encoder or decoder block of R2ID with gains and shifts from outside."""
+    """An encoder or decoder block of R2ID; what depends on the film comes from outside."""
 
-    def __init__(self, block: EncoderBlock):
+    def __init__(self, block: EncoderBlock, text_tokens: int):
         super().__init__()
         outer = block.block_scale
         self.attention = Attention(block.attention, block.attention_scale)
         self.ffn = ScaledFFN(block.ffn, outer * block.ffn_scale)
         self.outer = nn.Parameter(outer.clone())
-        norms = [block.attention_norm.norm, block.ffn_norm.norm]
         if isinstance(block, DecoderBlock):
-            self.cross = CrossAttention(block.cross, block.cross_scale)
-            norms.insert(1, block.cross_norm.norm)
-        self.gammas = nn.ParameterList(1 + norm.gamma for norm in norms)
+            self.cross = CrossAttention(block.cross, text_tokens)
+        self.widths = [site.widths for site in sites_of(block)]
 
-    def adapt(self, x: Tensor, film: Tensor, site: int) -> tuple[Tensor, Tensor]:
-        """AdaLN of x as gain `[B, 1, d]` and shift `[1, 1, d]`; film `[sites, 2, d]`."""
-        gain = (1 + self.gammas[site] * response_of(x)) * film[site, 0]
-        return gain, film[site, 1].view(1, 1, -1)
+    def attend_self(self, x: Tensor, film: Sequence[Tensor]) -> Tensor:
+        base, slope, *rest = film
+        return x + self.attention.attend_self(adapt(x, base, slope), *rest)
 
-    def attend_self(self, x: Tensor, film: Tensor) -> Tensor:
-        return x + self.attention.attend_self(x, *self.adapt(x, film, 0))
+    def attend_text(
+        self, w: Tensor, film: Sequence[Tensor], text_k: Tensor, text_v: Tensor
+    ) -> Tensor:
+        base, slope, bias = film
+        return w + self.cross(adapt(w, base, slope), bias, text_k, text_v)
 
-    def attend_text(self, w: Tensor, film: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
-        return w + self.cross(w, *self.adapt(w, film, 1), text_k, text_v)
+    def finish(self, x: Tensor, w: Tensor, film: Sequence[Tensor]) -> Tensor:
+        base, slope, bias = film
+        return x + w * self.outer + self.ffn(adapt(w, base, slope), bias)
 
-    def finish(self, x: Tensor, w: Tensor, film: Tensor) -> Tensor:
-        return x + w * self.outer + self.ffn(w, *self.adapt(w, film, len(self.gammas) - 1))
+
+def adapt(x: Tensor, base: Tensor, slope: Tensor) -> Tensor:
+    """AdaLN of tokens `[B, N, d]` but for its shift; base and slope `[d]`."""
+    return x * (base + slope * response_of(x))
 
 
 class Denoise(nn.Module):
     """`r2id`: one step's eps under every condition.
 
-    latent `[B, C, H, W]`, position `[H, W, d]`, film `[M, 2, d]`, text_k `[K, B, L, d, a·T]`,
+    latent `[B, C, H, W]`, position `[H, W, d]`, film `[F]`, text_k `[K, B, L, d, a·T]`,
     text_v `[K, B, L, a·T, d]` -> eps `[K, B, C, H, W]`. Encoder blocks and the first decoder
     block's self-attention run once for all conditions.
     """
 
     def __init__(self, models: Models):
         super().__init__()
-        r2id = models.r2id
+        r2id, tokens = models.r2id, models.config.condition.tokens
         self.project = SplitInput(r2id.latent_in, r2id.config.latent_channels)
-        self.encoder = nn.ModuleList(StepBlock(block) for block in r2id.encoder)
-        self.decoder = nn.ModuleList(StepBlock(block) for block in r2id.decoder)
+        self.encoder = nn.ModuleList(StepBlock(block, tokens) for block in r2id.encoder)
+        self.decoder = nn.ModuleList(StepBlock(block, tokens) for block in r2id.decoder)
         self.out = Projection(r2id.eps_out)
+
+    def films(self, film: Tensor) -> list[list[tuple[Tensor, ...]]]:
+        """The parts of film `[F]` by block and site."""
+        blocks = [block.widths for block in (*self.encoder, *self.decoder)]
+        parts = iter(film.split([width for sites in blocks for site in sites for width in site]))
+        return [[tuple(next(parts) for _ in site) for site in sites] for sites in blocks]
 
     def forward(
         self, latent: Tensor, position: Tensor, film: Tensor, text_k: Tensor, text_v: Tensor
     ) -> Tensor:
         x = self.project.values(tokens_of(latent)) + position.flatten(0, 1)  # [B, N, d]
-        films = list(film.split([len(b.gammas) for b in (*self.encoder, *self.decoder)]))
+        films = self.films(film)
         for block in self.encoder:
             own = films.pop(0)
-            x = block.finish(x, block.attend_self(x, own), own)
+            x = block.finish(x, block.attend_self(x, own[0]), own[1])
+        flat = text_k.flatten(0, 1), text_v.flatten(0, 1)  # [K·B, L, ..]
         for index, block in enumerate(self.decoder):
             own = films.pop(0)
-            w = block.attend_self(x, own)
-            text = text_k[:, :, index], text_v[:, :, index]  # [K, B, ..]
+            w = block.attend_self(x, own[0])
             if index:
-                w = block.attend_text(w, own, *(t.flatten(0, 1) for t in text))
-                x = block.finish(x, w, own)
+                w = block.attend_text(w, own[1], *(text[:, index] for text in flat))
             else:  # every condition starts from the same tokens
-                w = block.attend_text(w, own, *text)  # [K, B, N, d]
+                w = block.attend_text(w, own[1], text_k[:, :, 0], text_v[:, :, 0])  # [K, B, N, d]
                 x = (x + torch.zeros_like(w)).flatten(0, 1)  # [K·B, N, d]
-                x = block.finish(x, w.flatten(0, 1), own)
+                w = w.flatten(0, 1)
+            x = block.finish(x, w, own[2])
         eps = self.out(x).transpose(1, 2)  # [K·B, C, N]
         height, width = latent.shape[2:]
         return eps.unflatten(2, (height, width)).unflatten(0, (text_k.shape[0], -1))

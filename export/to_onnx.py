@@ -53,12 +53,11 @@ def example_input(spec: TensorSpec, sizes: dict[str, int], generator: torch.Gene
 def sources(models: Models) -> list[GraphSource]:
     """Every graph of the design, in the order in which the runtime needs them."""
     ir, id_, text = models.config.r2ir, models.config.r2id, models.config.condition
-    sites = 2 * id_.encoder_blocks + 3 * id_.decoder_blocks
+    film = graphs.Film(models)
     rank = id_.heads * text.tokens
     latent = ("batch", ir.latent_channels, "height", "width")
     pixels = ("batch", ir.color_channels, "height", "width")
     coordinates = ("height", "width", 4)
-    film: tuple[Axis, ...] = (sites, 2, id_.width)
     text_k = (id_.decoder_blocks, id_.width, rank)
     text_v = (id_.decoder_blocks, rank, id_.width)
 
@@ -89,9 +88,9 @@ def sources(models: Models) -> list[GraphSource]:
         ),
         source(
             "r2id_film",
-            graphs.Film(models),
+            film,
             {"alpha_bar": ("steps",)},
-            {"film": ("steps", *film)},
+            {"film": ("steps", film.width)},
         ),
         source(
             "r2id_condition",
@@ -105,7 +104,7 @@ def sources(models: Models) -> list[GraphSource]:
             {
                 "latent": latent,
                 "position": ("height", "width", id_.width),
-                "film": film,
+                "film": (film.width,),
                 "text_k": ("conditions", "batch", *text_k),
                 "text_v": ("conditions", "batch", *text_v),
             },
