@@ -110,8 +110,6 @@ def heading(manifest: "Manifest") -> dict[str, str]:
         times = [f"{name} {float(value) / 60:.0f} min" for name, value in seconds.items()]
         made = made | {"seconds": ", ".join(times)}
     shown = [str(made[key]) for key in ("command", "hardware", "seconds") if key in made]
-    trajectory = manifest.trajectory
-    errors = [f"{k} {trajectory[k]:.1e}" for k in ("latent", "pixels") if k in trajectory]
     networks = [
         f"{name} {part.width} wide, {part.encoder_blocks} + {part.decoder_blocks} blocks, "
         f"{part.heads} heads"
@@ -129,11 +127,20 @@ def heading(manifest: "Manifest") -> dict[str, str]:
         "checkpoint": f"SHA-256 {checkpoint.get('sha256', 'not recorded')}",
         "trained": "; ".join(shown) or "not recorded",
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
-        "trajectory": f"{trajectory['steps']} steps at {trajectory['height']}x{trajectory['width']}: "
-        f"differs from PyTorch by {', '.join(errors)} of the largest value"
-        if errors
-        else "not recorded",
+        "trajectory": trajectory_text(manifest.trajectory),
     }
+
+
+def trajectory_text(trajectory: dict[str, Any]) -> str:
+    """How far a whole trajectory through the graphs is from PyTorch's."""
+    if not trajectory:
+        return "not recorded"
+    size = f"{trajectory['height']}x{trajectory['width']}"
+    errors = ", ".join(f"{key} {trajectory[key]:.1e}" for key in ("latent", "pixels"))
+    return (
+        f"{trajectory['steps']} steps at {size}: differs from PyTorch by {errors} of the "
+        "largest value"
+    )
 
 
 def graph_table(manifest: "Manifest", states: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ Source of the field numbers: onnx.proto of ONNX 1.23.
 from collections.abc import Iterator
 
 from runtime.errors import ArtefactError
+from runtime.manifest import REBUILD
 
 # message -> field number -> the message in that field
 FIELDS = {
@@ -18,10 +19,9 @@ FIELDS = {
     "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse tensor"},
     "node": {5: "attribute"},
-    "attribute": {
-        **{5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
-        **{22: "sparse tensor", 23: "sparse tensor"},
-    },
+    "attribute": dict(
+        zip((5, 6, 10, 11, 22, 23), 2 * ("tensor", "graph") + 2 * ("sparse tensor",), strict=True)
+    ),
     "sparse tensor": {1: "tensor", 2: "tensor"},
     "tensor": {},
 }
@@ -40,8 +40,8 @@ def check_self_contained(model: bytes, file: str) -> None:
             for field, value in _fields(data):
                 if message == "tensor" and field in (EXTERNAL_DATA, DATA_LOCATION) and value:
                     raise ArtefactError(
-                        f"{file}: keeps a tensor outside the file ({_location(value)}); expected "
-                        "a graph that holds its own weights. Make the bundle again with: make export"
+                        f"{file}: keeps a tensor outside the file ({_location(value)}); "
+                        f"expected a graph that holds its own weights. {REBUILD}"
                     )
                 inner = FIELDS[message].get(field)
                 if inner is not None and isinstance(value, memoryview):
@@ -94,4 +94,4 @@ def _location(value: int | memoryview) -> str:
 
 
 def _no_graph(file: str, reason: str) -> str:
-    return f"{file}: is no ONNX graph ({reason}). Make the bundle again with: make export"
+    return f"{file}: is no ONNX graph ({reason}). {REBUILD}"

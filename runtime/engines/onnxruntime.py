@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
-from runtime.manifest import Array, GraphSpec
+from runtime.manifest import REBUILD, Array, GraphSpec
 from runtime.providers import PROVIDERS, Provider
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
             raise _memory_error(spec, error) from None
         refuses = f"onnxruntime {library.__version__} refuses it ({_first_line(error)})"
         if options.provider == "cpu":
-            raise ArtefactError(
-                f"{spec.file}: {refuses}. Make the bundle again with: make export"
-            ) from None
+            raise ArtefactError(f"{spec.file}: {refuses}. {REBUILD}") from None
         raise IncompatibleError(
             f"--provider {options.provider}: {spec.file}: {refuses}. Check the driver and each "
             "--provider-option, or choose --provider cpu or --allow-fallback"
