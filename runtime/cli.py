@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from runtime.errors import INTERRUPTED_EXIT_CODE, ResourceError, ToolkitError
+from runtime.errors import INTERRUPTED_EXIT_CODE, ToolkitError
+from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         if args.debug:
             raise
         if isinstance(error, MemoryError):
-            error = ResourceError(f"out of memory ({error}); ask for a smaller size or batch")
+            error = memory_error(error)
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime import cli
 from runtime.errors import ToolkitError
+from runtime.memory import memory
 from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
@@ -161,22 +162,6 @@ def processor() -> dict[str, Any]:
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "features": [feature for feature in FEATURES if feature in listed] if listed else None,
     }
-
-
-def memory() -> dict[str, int | None]:
-    """Bytes of memory in all and available; None where the system does not tell simply."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = {key: int(rest.split()[0]) << 10 for key, rest in (x.split(":", 1) for x in lines)}
-        return {"total": sizes["MemTotal"], "available": sizes["MemAvailable"]}
-    except (OSError, ValueError, KeyError, IndexError):
-        names: dict[str, int] = getattr(os, "sysconf_names", {})
-        if "SC_PHYS_PAGES" not in names:
-            return {"total": None, "available": None}
-        return {
-            "total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "available": None,
-        }
 
 
 def bundle(engine: Path) -> "tuple[Manifest | None, str | None]":

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
-from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
+from runtime.errors import ArtefactError, IncompatibleError, NumericalError
 from runtime.manifest import REBUILD, Array, GraphSpec
+from runtime.memory import memory_error
 from runtime.providers import PROVIDERS, Provider
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class OnnxRuntimeEngine:
             outputs = self.session.run([t.name for t in self.spec.outputs], dict(inputs))
         except Exception as error:
             if _out_of_memory(error):
-                raise _memory_error(self.spec, error) from None
+                raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_first_line(error)}") from None
         return dict(zip((t.name for t in self.spec.outputs), outputs, strict=True))
 
@@ -76,7 +77,7 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
         session = library.InferenceSession(model, settings, providers=chosen, enable_fallback=0)
     except Exception as error:  # the library's exceptions share no public base class
         if _out_of_memory(error):
-            raise _memory_error(spec, error) from None
+            raise memory_error(error, f"{spec.file}: ") from None
         refuses = f"onnxruntime {library.__version__} refuses it ({_first_line(error)})"
         if options.provider == "cpu":
             raise ArtefactError(f"{spec.file}: {refuses}. {REBUILD}") from None
@@ -134,13 +135,6 @@ def _plugin_devices(library: Any, provider: Provider, option: str) -> list[Any]:
             "cuda or cpu, or --allow-fallback"
         )
     return devices
-
-
-def _memory_error(spec: GraphSpec, error: Exception) -> ResourceError:
-    return ResourceError(
-        f"{spec.file}: out of memory ({_first_line(error)}); "
-        "ask for a smaller --image, --latent or --batch"
-    )
 
 
 def _out_of_memory(error: Exception) -> bool:
