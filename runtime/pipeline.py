@@ -70,7 +70,8 @@ class Pipeline:
     @property
     def provider(self) -> str:
         """What runs the graphs that are open: a name, or several joined by + after a fallback."""
-        return "+".join(sorted({engine.provider for engine in self._engines.values()}))
+        with self._opening:
+            return "+".join(sorted({engine.provider for engine in self._engines.values()}))
 
     def noise(self, seed: int, indices: Sequence[int], latent: Size) -> NoiseStreams:
         """The noise streams of images `indices` at a latent size."""

@@ -131,6 +131,14 @@ def test_damaged_bytes_end_in_an_artefact_error_or_none(noise: bytes, place: int
             assert str(error).startswith("a: ")
 
 
+def test_a_file_cut_anywhere_is_no_graph() -> None:
+    whole = model(field(5, tensor(None)))
+    check_self_contained(whole, "a")
+    for end in range(len(whole) - 4):  # the last four bytes are the opset, a whole field
+        with pytest.raises(ArtefactError, match="is no ONNX graph"):
+            check_self_contained(whole[:end], "a")
+
+
 def test_a_bundle_with_outside_weights_ends_with_3(own_bundle: Path, command: Command) -> None:
     data = model(field(5, tensor("../../secret")))
     (own_bundle / "r2id.onnx").write_bytes(data)

@@ -106,8 +106,10 @@ def test_doctor_stands_a_broken_library(
 def test_doctor_reads_nvidia_smi(
     own_bundle: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tool, path = tmp_path / "nvidia-smi", os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no driver: nvidia-smi is not found" in command("runtime.doctor", own_bundle).stdout
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
     for script, words in (
         ("echo 'NVIDIA GeForce RTX 4070, 8.9, 12282, 11000, 580.95'", "580.95"),
         ("echo 'NVIDIA Thor, [N/A], [N/A], [N/A], 580.95'", "GPU  "),
