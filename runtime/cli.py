@@ -1,20 +1,22 @@
 """What every command line shares: one-line errors, exit codes, sizes, ranges."""
 
 import argparse
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from runtime.errors import INTERRUPTED_EXIT_CODE, ResourceError, ToolkitError
+from runtime.errors import INTERRUPTED_EXIT_CODE, ToolkitError
+from runtime.memory import memory_error
+from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
-PROVIDERS = ("cpu", "cuda", "directml", "coreml")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -26,14 +28,18 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; finished files are kept", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ToolkitError, MemoryError) as error:
         if args.debug:
             raise
         if isinstance(error, MemoryError):
-            error = ResourceError(f"out of memory ({error}); ask for a smaller size or batch")
+            error = memory_error(error)
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
@@ -43,7 +49,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that opens a bundle; `open_bundle` reads them."""
     add = parser.add_argument
     add("--engine", type=Path, default=Path("r2id.onnx"), help="a bundle's folder, or a file in it")
-    add("--provider", choices=PROVIDERS, default="cpu", help="what runs the graphs (cpu)")
+    add("--provider", choices=tuple(PROVIDERS), default="cpu", help="what runs the graphs (cpu)")
+    add(
+        "--provider-option",
+        type=key_value,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="passed to the provider as it is; may be repeated",
+    )
     add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
     add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
@@ -54,8 +68,18 @@ def open_bundle(args: argparse.Namespace) -> "Pipeline":
     from runtime.engines import EngineOptions
     from runtime.pipeline import open_bundle
 
-    options = EngineOptions(args.provider, args.allow_fallback, args.threads)
+    options = EngineOptions(
+        args.provider, args.allow_fallback, args.threads, dict(args.provider_option)
+    )
     return open_bundle(args.engine, options, args.expect_sha256)
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """KEY=VALUE, as two texts."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected KEY=VALUE, as in device_id=0")
+    return key, value
 
 
 def size(text: str) -> tuple[int, int]:
@@ -100,6 +124,22 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
         return value
 
     return convert
+
+
+def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:
+    """Rows as left-aligned columns, two spaces apart; the first row is the heading."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
+
+
+def binary_size(count: float) -> str:
+    """Bytes in words: 512 B, 1.2 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

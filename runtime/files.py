@@ -69,7 +69,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         if isinstance(error, ResourceError):
             raise
@@ -77,6 +76,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+    _sync_folder(path)
 
 
 def remove_stale(folder: Path) -> None:
@@ -88,14 +88,21 @@ def remove_stale(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(path: Path) -> None:
+    """Flush the folder's entry of a file that was renamed into it."""
     if os.name == "nt":  # Windows has no handle of a folder to flush
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: is written, but {path.parent} cannot be flushed ({error.strerror}), so a "
+            "power cut may bring back the old file. Check the disk"
+        ) from None
 
 
 def _umask() -> int:

@@ -195,14 +195,14 @@ def draw(
 
 def describe(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
     """A PNG's metadata: all that is needed to make it again."""
-    engine = pipeline.engine("r2id")
     return {
         "request": wanted,
         "model": pipeline.model.name,
         "checkpoint": pipeline.manifest.checkpoint.get("sha256"),
         "manifest": pipeline.manifest.sha256,
         "precision": pipeline.manifest.graph("r2id").precision,
-        "provider": engine.provider,
+        "provider": pipeline.provider,
+        "provider_options": dict(pipeline.options.provider_options),
     }
 
 

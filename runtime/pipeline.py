@@ -67,6 +67,12 @@ class Pipeline:
                 self._engines[graph] = open_engine(self.manifest, graph, self.options)
             return self._engines[graph]
 
+    @property
+    def provider(self) -> str:
+        """What runs the graphs that are open: a name, or several joined by + after a fallback."""
+        with self._opening:
+            return "+".join(sorted({engine.provider for engine in self._engines.values()}))
+
     def noise(self, seed: int, indices: Sequence[int], latent: Size) -> NoiseStreams:
         """The noise streams of images `indices` at a latent size."""
         return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent))

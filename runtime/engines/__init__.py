@@ -2,21 +2,29 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from runtime.errors import IncompatibleError
 from runtime.manifest import Array, Manifest
+from runtime.providers import check_options, profile_options, span
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose."""
+    """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose.
+
+    `provider_options` go to ONNX Runtime as they are. Raises UsageError for what cannot be.
+    """
 
     provider: str = "cpu"
     allow_fallback: bool = False
     threads: int = 0
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_options(self.provider, self.provider_options)
 
 
 class Engine(Protocol):
@@ -49,4 +57,13 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     spec = manifest.graph(graph)
-    return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options)
+    plans = [plan for plan in manifest.plans.values() if plan.graph == graph]
+    profiles = plans[0].profiles if plans else ()
+    ranges = profile_options(options.provider, spec, profiles)
+    model = manifest.file_bytes(spec)
+    if ranges:  # the provider builds for the plans' sizes and can run no other
+        legal = {axis: (low, high) for axis, (low, _, high) in span(profiles).items()}
+        spec = replace(spec, ranges=spec.ranges | legal)
+        own = ranges | dict(options.provider_options)
+        options = replace(options, provider_options=own)
+    return OnnxRuntimeEngine(spec, model, options)

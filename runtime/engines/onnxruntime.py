@@ -1,22 +1,21 @@
 """ONNX Runtime: CPU, CUDA and the other execution providers of its builds."""
 
+import importlib
+import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.engines import EngineOptions
-from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
-from runtime.manifest import Array, GraphSpec
+from runtime.engines.onnx_file import check_self_contained
+from runtime.errors import ArtefactError, IncompatibleError, NumericalError
+from runtime.manifest import REBUILD, Array, GraphSpec
+from runtime.memory import memory_error
+from runtime.providers import PROVIDERS, Provider
 
 if TYPE_CHECKING:
     import onnxruntime
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "directml": "DmlExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-}
-EXTRAS = {"cpu": "cpu", "cuda": "gpu"}
 OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate", "out of memory")
 
 
@@ -27,49 +26,31 @@ def load_library() -> Any:
     except ImportError as error:
         raise IncompatibleError(
             f"onnxruntime cannot be imported ({error}); expected it for ONNX graphs. "
-            "Install it with: python -m pip install '.[cpu]' (or '.[gpu]' for CUDA)"
+            f"Install it with: {PROVIDERS['cpu'].install} (or '.[gpu]' for CUDA)"
         ) from None
     return onnxruntime
 
 
 class OnnxRuntimeEngine:
-    """One graph in an ONNX Runtime session; `Run` may be called from several threads."""
+    """One graph in an ONNX Runtime session; `Run` may be called from several threads.
+
+    `provider` is the one that runs it. Raises ArtefactError for a graph that is none or reaches
+    outside its file, IncompatibleError where the provider is missing, fails to open the graph or
+    leaves all of it to another, unless `allow_fallback` lets the CPU step in.
+    """
 
     def __init__(self, spec: GraphSpec, model: bytes, options: EngineOptions):
-        library = load_library()
-        wanted = PROVIDERS[options.provider]
-        available = library.get_available_providers()
-        if wanted not in available and not options.allow_fallback:
-            extra = EXTRAS.get(options.provider)
-            fix = f"Install it with: python -m pip install '.[{extra}]', or" if extra else "Either"
-            raise IncompatibleError(
-                f"--provider {options.provider}: onnxruntime {library.__version__} here has "
-                f"{available}; expected {wanted}. {fix} choose --provider cpu or --allow-fallback"
-            )
-        settings = library.SessionOptions()
-        settings.intra_op_num_threads = options.threads
-        settings.log_severity_level = 3
-        chosen = [wanted] if wanted in available else [PROVIDERS["cpu"]]
+        check_self_contained(model, spec.file)
         self.spec = spec
-        self.session: onnxruntime.InferenceSession = self._open(library, model, settings, chosen)
-        running = self.session.get_providers()[0]
-        if running != wanted and not options.allow_fallback:
-            raise IncompatibleError(
-                f"--provider {options.provider}: onnxruntime fell back to {running}; expected "
-                f"{wanted}. Check the driver, or pass --allow-fallback"
-            )
-        self.provider = next(name for name, full in PROVIDERS.items() if full == running)
-
-    def _open(self, library: Any, model: bytes, settings: Any, providers: list[str]) -> Any:
+        self.session: onnxruntime.InferenceSession
         try:
-            return library.InferenceSession(model, settings, providers=providers)
-        except Exception as error:  # the library's exceptions share no public base class
-            if _out_of_memory(error):
-                raise self._memory_error(error) from None
-            raise ArtefactError(
-                f"{self.spec.file}: onnxruntime {library.__version__} refuses it "
-                f"({_first_line(error)}). Make the bundle again with: make export"
-            ) from None
+            self.session = _open(spec, model, options)
+        except IncompatibleError:
+            if not options.allow_fallback:
+                raise
+            options = replace(options, provider="cpu", provider_options={})
+            self.session = _open(spec, model, options)
+        self.provider = options.provider
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
@@ -78,15 +59,82 @@ class OnnxRuntimeEngine:
             outputs = self.session.run([t.name for t in self.spec.outputs], dict(inputs))
         except Exception as error:
             if _out_of_memory(error):
-                raise self._memory_error(error) from None
+                raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_first_line(error)}") from None
         return dict(zip((t.name for t in self.spec.outputs), outputs, strict=True))
 
-    def _memory_error(self, error: Exception) -> ResourceError:
-        return ResourceError(
-            f"{self.spec.file}: out of memory ({_first_line(error)}); "
-            "ask for a smaller --image, --latent or --batch"
+
+def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
+    """A session that runs on the provider asked for and nowhere else; see OnnxRuntimeEngine."""
+    library = load_library()
+    provider = PROVIDERS[options.provider]
+    settings = library.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    chosen = _choose(library, settings, options)
+    try:  # enable_fallback: the library's own way to the CPU, also in the middle of a run
+        session = library.InferenceSession(model, settings, providers=chosen, enable_fallback=0)
+    except Exception as error:  # the library's exceptions share no public base class
+        if _out_of_memory(error):
+            raise memory_error(error, f"{spec.file}: ") from None
+        refuses = f"onnxruntime {library.__version__} refuses it ({_first_line(error)})"
+        if options.provider == "cpu":
+            raise ArtefactError(f"{spec.file}: {refuses}. {REBUILD}") from None
+        raise IncompatibleError(
+            f"--provider {options.provider}: {spec.file}: {refuses}. Check the driver and each "
+            "--provider-option, or choose --provider cpu or --allow-fallback"
+        ) from None
+    # A provider can be in the session and yet be given none of the graph.
+    ran = sorted({part.ep_name for part in session.get_provider_graph_assignment_info()})
+    if options.provider != "cpu" and provider.library not in ran:
+        raise IncompatibleError(
+            f"--provider {options.provider}: {spec.file}: onnxruntime {library.__version__} fell "
+            f"back to {' and '.join(ran)}; expected {provider.library}. Check the driver and its "
+            "libraries, or pass --allow-fallback"
         )
+    return session
+
+
+def _choose(library: Any, settings: Any, options: EngineOptions) -> list[Any] | None:
+    """The `providers` of a session; None for a plugin, which the settings name instead."""
+    provider = PROVIDERS[options.provider]
+    own = dict(options.provider_options)
+    available = library.get_available_providers()
+    if provider.library in available:
+        if options.provider != "cpu":
+            library.preload_dlls(msvc=False)  # CUDA's libraries where pip has put them
+        return [(provider.library, own)]
+    if not provider.plugin or importlib.util.find_spec(provider.plugin) is None:
+        raise IncompatibleError(
+            f"--provider {options.provider}: onnxruntime {library.__version__} here has "
+            f"{available}; expected {provider.library}. Install it with: {provider.install}, "
+            "or choose --provider cpu or --allow-fallback"
+        )
+    devices = _plugin_devices(library, provider, f"--provider {options.provider}")
+    settings.add_provider_for_devices(devices, own)
+    return None
+
+
+def _plugin_devices(library: Any, provider: Provider, option: str) -> list[Any]:
+    """The devices of a provider that comes as a library of its own, registered once."""
+    try:
+        plugin = importlib.import_module(provider.plugin)
+        name = plugin.get_ep_name()
+        if all(device.ep_name != name for device in library.get_ep_devices()):
+            library.register_execution_provider_library(name, plugin.get_library_path())
+    except Exception as error:  # of a foreign package, and a C++ library's loader
+        raise IncompatibleError(
+            f"{option}: {provider.plugin} cannot be loaded ({_first_line(error)}). Check the "
+            "driver with: nvidia-smi, or choose --provider cpu or --allow-fallback"
+        ) from None
+    devices = [device for device in library.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise IncompatibleError(
+            f"{option}: {provider.plugin} finds no device that it can run on. Choose --provider "
+            "cuda or cpu, or --allow-fallback"
+        )
+    return devices
 
 
 def _out_of_memory(error: Exception) -> bool:

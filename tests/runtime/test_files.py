@@ -1,15 +1,18 @@
 """A destination is the whole old file or the whole new one, whatever fails."""
 
 import os
+import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import ResourceError
 from runtime.files import atomic_write, check_writable, remove_stale
+from tests.conftest import Command
 
 
-@pytest.mark.parametrize("failing", ["fsync", "replace", "mkstemp", "write"])
+@pytest.mark.parametrize("failing", ["fsync", "chmod", "replace", "mkstemp", "write"])
 def test_the_old_file_survives_a_failure(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -21,8 +24,8 @@ def test_the_old_file_survives_a_failure(
 
     if failing == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
-    elif failing == "replace":
-        monkeypatch.setattr(Path, "replace", fail)
+    elif failing in ("replace", "chmod"):
+        monkeypatch.setattr(Path, failing, fail)
     elif failing == "mkstemp":
         monkeypatch.setattr("tempfile.mkstemp", fail)
     with pytest.raises(ResourceError, match=r"No space left.*intact"), atomic_write(path) as file:
@@ -31,6 +34,43 @@ def test_the_old_file_survives_a_failure(
             fail()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_cannot_be_flushed_holds_the_whole_new_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    flush = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(5, "Input/output error")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ResourceError, match=r"is written.*Input/output"), atomic_write(path) as f:
+        f.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
+def test_a_full_disk_ends_a_command_with_5_and_the_old_file(
+    tiny_bundle: Path, command: Command, tmp_path: Path
+) -> None:
+    """A real write that fails half-way: the process may write no file beyond 100 bytes."""
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    (tmp_path / "old.png").write_bytes(b"old")
+    args = ("--engine", tiny_bundle, "--steps", 1, "--out", "old.png")
+    done = command("runtime.generate", *args, preexec_fn=limit)
+    assert done.returncode == 5 and "cannot be written" in done.stderr
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
 
 
 def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import cli, open_bundle
+from runtime import open_bundle
 from runtime.engines import EngineOptions
-from runtime.engines.onnxruntime import PROVIDERS
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.files import sha256
 from runtime.manifest import Manifest, read_manifest
@@ -152,7 +151,7 @@ def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None
     graphs = json.loads((own_bundle / "manifest.json").read_text())["graphs"]
     graphs["r2id"]["sha256"] = sha256(b"not a graph")
     rewrite(own_bundle, {"graphs": graphs})
-    with pytest.raises(ArtefactError, match="refuses it"):
+    with pytest.raises(ArtefactError, match="is no ONNX graph"):
         open_bundle(own_bundle).engine("r2id")
 
 
@@ -193,17 +192,6 @@ def test_a_manifest_reads_back_as_written(tiny_bundle: Path, tmp_path: Path) -> 
     manifest: Manifest = read_manifest(tiny_bundle)
     manifest.write(tmp_path)
     assert (tmp_path / "manifest.json").read_bytes() == (tiny_bundle / "manifest.json").read_bytes()
-
-
-def test_a_provider_that_is_not_there_is_an_error_unless_allowed(tiny_bundle: Path) -> None:
-    with pytest.raises(IncompatibleError, match=r"expected CUDAExecutionProvider.*\[gpu\]"):
-        open_bundle(tiny_bundle, EngineOptions("cuda")).engine("r2id_film")
-    fallen = open_bundle(tiny_bundle, EngineOptions("cuda", allow_fallback=True))
-    assert fallen.engine("r2id_film").provider == "cpu"
-
-
-def test_every_provider_of_the_command_line_is_known() -> None:
-    assert tuple(PROVIDERS) == cli.PROVIDERS
 
 
 def test_a_plan_without_tensorrt_offers_the_onnx_graph(tiny_bundle: Path) -> None:

@@ -1,0 +1,222 @@
+"""What a bundle holds, and whether its files are whole: python -m runtime.inspect build/mnist."""
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import cli
+from runtime.errors import ArtefactError, ResourceError
+
+if TYPE_CHECKING:
+    from runtime.manifest import GraphSpec, Manifest, PlanSpec
+
+WIDTH = 100
+HEIGHT_WIDTH = ("height", "width")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    p = argparse.ArgumentParser(prog="python -m runtime.inspect", description=__doc__)
+    add = p.add_argument
+    add(
+        "bundle",
+        type=Path,
+        nargs="?",
+        default=Path("r2id.onnx"),
+        help="a bundle's folder, or a file in it (build/mnist)",
+    )
+    add("--parity", action="store_true", help="the difference from PyTorch at every size")
+    add("--json", action="store_true", help="everything, for programs")
+    add("--expect-sha256", help="refuse a manifest of any other SHA-256")
+    return p
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Print the bundle; raises ArtefactError after that where a file of it is not whole."""
+    from runtime.manifest import REBUILD, find_bundle, read_manifest
+
+    manifest = read_manifest(find_bundle(args.bundle), args.expect_sha256)
+    states = file_states(manifest)
+    try:
+        text = as_json(manifest, states) if args.json else as_text(manifest, states, args.parity)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"{manifest.folder}: not a manifest ({reason}). {REBUILD}") from None
+    print(text)
+    bad = [f"{file} {state}" for file, state in states.items() if state != "ok"]
+    if bad:
+        raise ArtefactError(
+            f"{manifest.folder}: {len(bad)} of {len(states)} files are not as the manifest says: "
+            f"{', '.join(bad)}. {REBUILD}"
+        )
+
+
+def graphs(manifest: "Manifest") -> "Iterator[tuple[str, GraphSpec]]":
+    """Every graph with its name, the fp32 ones first."""
+    yield from manifest.graphs.items()
+    for own in manifest.variants.values():
+        yield from own.items()
+
+
+def file_states(manifest: "Manifest") -> dict[str, str]:
+    """ok, missing, altered or unreadable per file; a plan of another graph is outdated."""
+    states = {spec.file: _state(manifest, spec) for _, spec in graphs(manifest)}
+    sources = {(name, spec.sha256) for name, spec in graphs(manifest)}
+    for file, plan in manifest.plans.items():
+        states[file] = _state(manifest, plan)
+        if states[file] == "ok" and (plan.graph, plan.source_sha256) not in sources:
+            states[file] = "outdated"
+    return states
+
+
+def _state(manifest: "Manifest", spec: "GraphSpec | PlanSpec") -> str:
+    if not (manifest.folder / spec.file).is_file():
+        return "missing"
+    try:
+        manifest.file_bytes(spec)
+    except ArtefactError:
+        return "altered"
+    except ResourceError:
+        return "unreadable"
+    return "ok"
+
+
+def as_json(manifest: "Manifest", states: dict[str, str]) -> str:
+    """The manifest with its folder, its own SHA-256 and the state of each file."""
+    content = asdict(manifest) | {"folder": str(manifest.folder), "files": states}
+    return json.dumps(content, indent=1)
+
+
+def as_text(manifest: "Manifest", states: dict[str, str], every_size: bool) -> str:
+    """Tables of at most 100 columns: the model, graphs, plans and differences from PyTorch."""
+    sections = [_wrapped(heading(manifest)), graph_table(manifest, states)]
+    if manifest.plans:
+        sections.append(plan_table(manifest, states))
+    sections.append(parity_table(manifest, every_size))
+    return "\n\n".join(sections)
+
+
+def heading(manifest: "Manifest") -> dict[str, str]:
+    """What the bundle is and where it came from, in short."""
+    model, checkpoint = manifest.model, manifest.checkpoint
+    provenance = checkpoint.get("provenance")
+    made = provenance if isinstance(provenance, dict) else {}
+    seconds = made.get("seconds")
+    if isinstance(seconds, dict):
+        times = [f"{name} {float(value) / 60:.0f} min" for name, value in seconds.items()]
+        made = made | {"seconds": ", ".join(times)}
+    shown = [str(made[key]) for key in ("command", "hardware", "seconds") if key in made]
+    networks = [
+        f"{name} {part.width} wide, {part.encoder_blocks} + {part.decoder_blocks} blocks, "
+        f"{part.heads} heads"
+        for name, part in (("R2IR", model.r2ir), ("R2ID", model.r2id))
+    ]
+    height, width = model.default_latent
+    return {
+        "bundle": str(manifest.folder),
+        "manifest": f"SHA-256 {manifest.sha256}",
+        "model": f"{model.name}: {'; '.join(networks)}",
+        "images": f"{model.r2ir.color_channels} colour channels, {model.pixels_per_latent} pixels "
+        f"per latent cell; latents of {model.r2ir.latent_channels} channels, by default "
+        f"{height}x{width}",
+        "labels": ", ".join(manifest.labels),
+        "checkpoint": f"SHA-256 {checkpoint.get('sha256', 'not recorded')}",
+        "trained": "; ".join(shown) or "not recorded",
+        "made with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
+        "trajectory": trajectory_text(manifest.trajectory),
+    }
+
+
+def trajectory_text(trajectory: dict[str, Any]) -> str:
+    """How far a whole trajectory through the graphs is from PyTorch's."""
+    if not trajectory:
+        return "not recorded"
+    size = f"{trajectory['height']}x{trajectory['width']}"
+    errors = ", ".join(f"{key} {trajectory[key]:.1e}" for key in ("latent", "pixels"))
+    return (
+        f"{trajectory['steps']} steps at {size}: differs from PyTorch by {errors} of the "
+        "largest value"
+    )
+
+
+def graph_table(manifest: "Manifest", states: dict[str, str]) -> str:
+    """Each graph's precision, file and legal range of every axis."""
+    rows = [["graph", "precision", "size", "file", "axes"]]
+    for name, spec in graphs(manifest):
+        size = _size(manifest.folder / spec.file)
+        rows.append([name, spec.precision, size, states[spec.file], axes_text(spec.ranges)])
+    return cli.table(rows)
+
+
+def plan_table(manifest: "Manifest", states: dict[str, str]) -> str:
+    """Each plan's origin and targets, and its profiles as minimum .. optimum .. maximum."""
+    lines = []
+    for file, plan in manifest.plans.items():
+        size = cli.binary_size(plan.bytes)
+        words = [
+            f"{plan.graph} {plan.precision}, {plan.flavour} {plan.version} on {plan.platform}",
+            f"for {', '.join(plan.targets)}, {size} in {plan.build_seconds:.0f} s",
+        ]
+        rows = [["plan", file, states[file]]]
+        lines.append(cli.table(rows) + f"\n    {words[0]}\n    {words[1]}")
+        for number, profile in enumerate(plan.profiles):
+            lines.append(_fold(f"    profile {number}  ", axes_text(profile)))
+    return "\n".join(lines)
+
+
+def parity_table(manifest: "Manifest", every_size: bool) -> str:
+    """Differences from PyTorch: the largest of each graph, or all."""
+    rows: list[list[object]] = [["graph", "precision", "sizes", "difference", "at"]]
+    for name, spec in graphs(manifest):
+        found = sorted(spec.parity, key=lambda row: -row["error"])
+        for row in spec.parity if every_size else found[:1]:
+            count = 1 if every_size else len(found)
+            sizes = {axis: value for axis, value in row.items() if axis in spec.ranges}
+            rows.append([name, spec.precision, count, f"{row['error']:.1e}", axes_text(sizes)])
+    if every_size:
+        rows = [[*row[:2], *row[3:]] for row in rows]
+    title = "difference from PyTorch, of the largest value"
+    return f"{title}, {'at every size' if every_size else 'where it is worst'}\n{cli.table(rows)}"
+
+
+def axes_text(axes: Mapping[str, Any]) -> str:
+    """Sizes, ranges or profiles in words, height and width together: `4x4..64x64, batch 1..8`."""
+
+    def bounds(value: Any) -> list[Any]:
+        return list(value) if isinstance(value, list | tuple) else [value]
+
+    words = []
+    if all(axis in axes for axis in HEIGHT_WIDTH):
+        pairs = zip(*(bounds(axes[axis]) for axis in HEIGHT_WIDTH), strict=True)
+        words.append("..".join(f"{height}x{width}" for height, width in pairs))
+    for axis in ("batch", "conditions", "steps", *axes):
+        if axis in axes and axis not in HEIGHT_WIDTH and isinstance(axes[axis], int | list | tuple):
+            text = f"{axis} {'..'.join(map(str, bounds(axes[axis])))}"
+            words += [] if text in words else [text]
+    return ", ".join(words)
+
+
+def _wrapped(lines: dict[str, str]) -> str:
+    return "\n".join(_fold(f"{name:12}", text) for name, text in lines.items())
+
+
+def _fold(start: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_on_hyphens=False,
+    )
+
+
+def _size(path: Path) -> str:
+    return cli.binary_size(path.stat().st_size) if path.is_file() else "-"
+
+
+if __name__ == "__main__":
+    cli.run(inspect, parser())

@@ -1,0 +1,104 @@
+"""ONNX Runtime's execution providers by the names of `--provider`, and their profile options."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.manifest import GraphSpec
+
+# Per dynamic axis: (minimum, optimum, maximum).
+Profile = Mapping[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`library` is ONNX Runtime's own name and `install` the command that brings it.
+
+    `plugin` is a module that registers the provider with a plain onnxruntime; `profiles` starts
+    the names of its profile options, where it builds engines for ranges of sizes.
+    """
+
+    library: str
+    install: str
+    plugin: str = ""
+    profiles: str = ""
+
+
+PROVIDERS = {
+    "cpu": Provider("CPUExecutionProvider", "python -m pip install '.[cpu]'"),
+    "cuda": Provider("CUDAExecutionProvider", "python -m pip install '.[gpu]'"),
+    "tensorrt": Provider(
+        "TensorrtExecutionProvider",
+        "python -m pip install '.[gpu]' 'tensorrt>=10,<11'",
+        profiles="trt",
+    ),
+    "nv-tensorrt-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider",
+        "python -m pip install onnxruntime-ep-nv-tensorrt-rtx",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        profiles="nv",
+    ),
+    "directml": Provider("DmlExecutionProvider", "python -m pip install onnxruntime-directml"),
+    "coreml": Provider("CoreMLExecutionProvider", "python -m pip install '.[cpu]'"),
+    "openvino": Provider("OpenVINOExecutionProvider", "python -m pip install onnxruntime-openvino"),
+}
+
+
+def check_options(provider: str, options: Mapping[str, str]) -> None:
+    """Raise UsageError for an unknown provider, or options for the CPU, which drops them."""
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+    if options and provider == "cpu":
+        raise UsageError(
+            f"provider cpu takes no options; found {', '.join(options)}. "
+            "Choose another --provider, or --threads for the number of CPU threads"
+        )
+
+
+def span(profiles: Iterable[Profile]) -> dict[str, tuple[int, int, int]]:
+    """One profile over the ranges of all, with the middle one's optimum; empty for none."""
+    known = list(profiles)
+    return {
+        axis: (
+            min(profile[axis][0] for profile in known),
+            known[len(known) // 2][axis][1],
+            max(profile[axis][2] for profile in known),
+        )
+        for axis in (known[0] if known else ())
+    }
+
+
+def profile_options(
+    provider: str, spec: "GraphSpec", profiles: Iterable[Profile]
+) -> dict[str, str]:
+    """The provider's options that make it build one engine for the span of all `profiles`.
+
+    One range and not several: ONNX Runtime's TensorRT provider builds several profiles, but runs
+    the first alone (its pull request 31624), and the RTX provider wants an index with each run.
+    Inputs of fixed shape have no range. Empty without profiles, or for a provider that builds no
+    engines. Raises UsageError where the profiles lack an axis of the graph.
+
+    Format: ONNX Runtime, "TensorRT Execution Provider", Explicit shape range.
+    """
+    prefix, ranges = PROVIDERS[provider].profiles, span(profiles)
+    if not prefix or not ranges:
+        return {}
+    dynamic = [t for t in spec.inputs if any(isinstance(axis, str) for axis in t.axes)]
+    missing = {a for t in dynamic for a in t.axes if isinstance(a, str)} - set(ranges)
+    if missing:
+        raise UsageError(
+            f"{spec.file}: the profiles have {sorted(ranges)}; expected {sorted(missing)} too. "
+            "Build the plans again, with a range for each axis"
+        )
+    return {
+        f"{prefix}_profile_{bound}_shapes": ",".join(
+            f"{tensor.name}:{'x'.join(map(str, tensor.shape(sizes)))}" for tensor in dynamic
+        )
+        for bound, sizes in (
+            (bound, {axis: values[place] for axis, values in ranges.items()})
+            for place, bound in enumerate(("min", "opt", "max"))
+        )
+    }
