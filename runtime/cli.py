@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
 PROVIDERS = ("cpu", "cuda", "directml", "coreml")
+PRECISIONS = ("fp32", "fp16", "bf16")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -44,6 +45,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", type=Path, default=Path("r2id.onnx"), help="a bundle's folder, or a file in it")
     add("--provider", choices=PROVIDERS, default="cpu", help="what runs the graphs (cpu)")
+    add("--precision", choices=PRECISIONS, help="form of the heavy graphs (fp32)")
     add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
     add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
@@ -54,7 +56,8 @@ def open_bundle(args: argparse.Namespace) -> "Pipeline":
     from runtime.engines import EngineOptions
     from runtime.pipeline import open_bundle
 
-    options = EngineOptions(args.provider, args.allow_fallback, args.threads)
+    precision = args.precision or "fp32"
+    options = EngineOptions(args.provider, args.allow_fallback, args.threads, precision)
     return open_bundle(args.engine, options, args.expect_sha256)
 
 

@@ -12,11 +12,15 @@ from runtime.manifest import Array, Manifest
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose."""
+    """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose.
+
+    `precision` chooses among the forms that a bundle has of a graph: fp32, fp16 or bf16.
+    """
 
     provider: str = "cpu"
     allow_fallback: bool = False
     threads: int = 0
+    precision: str = "fp32"
 
 
 class Engine(Protocol):
@@ -42,11 +46,12 @@ def check_engine_kind(engine: Path) -> None:
 
 
 def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engine:
-    """Open a graph of a bundle, its hash checked first.
+    """Open a graph of a bundle in the precision asked for, its hash checked first.
 
-    Raises ArtefactError for a damaged file, IncompatibleError for a missing library or provider.
+    Raises UsageError for a precision that the bundle lacks, ArtefactError for a damaged file,
+    IncompatibleError for a missing library or provider.
     """
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    spec = manifest.graph(graph)
+    spec = manifest.graph(graph, options.precision)
     return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options)

@@ -66,6 +66,12 @@ class OnnxRuntimeEngine:
         except Exception as error:  # the library's exceptions share no public base class
             if _out_of_memory(error):
                 raise self._memory_error(error) from None
+            if isinstance(error, library.capi.onnxruntime_pybind11_state.NotImplemented):
+                raise IncompatibleError(
+                    f"{self.spec.file}: onnxruntime {library.__version__} cannot run "
+                    f"{self.spec.precision} on {providers[0]} ({_first_line(error)}). "
+                    "Choose --precision fp32 or another --provider"
+                ) from None
             raise ArtefactError(
                 f"{self.spec.file}: onnxruntime {library.__version__} refuses it "
                 f"({_first_line(error)}). Make the bundle again with: make export"
