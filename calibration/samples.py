@@ -1,7 +1,8 @@
 """Real inputs of every heavy graph: what the shipped numbers go through, not random ones.
 
-Pictures are drawn once; latents of any size are encoded from them, and the step graph sees these
-latents on their way from noise, at several alpha_bar.
+Pictures are drawn once; latents of any size are encoded from them, so they are in [-1, 1] however
+well the checkpoint draws, and the step graph sees them on their way from noise, at several
+alpha_bar.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,8 @@ class Samples:
     def __init__(self, manifest: Manifest):
         self.pipeline = Recorder(manifest)
         labels = [i % manifest.model.condition.labels for i in range(PICTURES)]
-        self.drawn = self.pipeline.generate(labels, steps=DRAWING_STEPS)
+        self.pictures = self.pipeline.generate(labels, steps=DRAWING_STEPS).images
+        self.latents = self.pipeline.encode(self.pictures, manifest.model.default_latent)
 
     def take(self, graph: str, sizes: Mapping[str, int], number: int) -> tuple[Arrays, Arrays]:
         """Inputs and fp32 outputs of `graph` at `sizes` of its named axes.
@@ -37,7 +39,7 @@ class Samples:
         graph conditions. `number` chooses its alpha_bar and noise.
         """
         size, batch = (sizes["height"], sizes["width"]), sizes["batch"]
-        pictures, latents = self.drawn.images[:batch], self.drawn.latents[:batch]
+        pictures, latents = self.pictures[:batch], self.latents[:batch]
         if graph == "r2id":
             self._step(self.pipeline.encode(pictures, size), sizes["conditions"], size, number)
         elif graph == "r2ir_image_summary":

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 
 from export.to_onnx import GraphSource
