@@ -305,7 +305,7 @@ def make_variants(
     manifest: Manifest,
     precisions: Sequence[str],
     folder: Path,
-    large: Sequence[tuple[int, int]] = LARGE,
+    large: Sequence[tuple[int, int]],
 ) -> dict[str, dict[str, GraphSpec]]:
     """Write every heavy graph in each precision into `folder`, each checked; precision -> specs.
 
@@ -354,7 +354,7 @@ def add_variants(args: argparse.Namespace) -> None:
         writing_to(folder),
         tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as staging,
     ):
-        made = make_variants(manifest, args.precision, Path(staging))
+        made = make_variants(manifest, args.precision, Path(staging), LARGE)
         kept = {p: own for p, own in manifest.variants.items() if p not in made}
         if kept != manifest.variants:  # no manifest may name a file while it is replaced
             replace(manifest, variants=kept).write(folder)
