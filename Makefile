@@ -28,6 +28,15 @@ help: ## list the commands (what `make` alone does)
 build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(wildcard export/*.py reference/*.py)
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
+# A stamp, since the command adds to a manifest that the plans add to as well.
+build/mnist/.half: build/mnist/r2id.onnx $(wildcard calibration/*.py)
+	$(BIN)/python -m calibration.half build/mnist
+	@touch $@
+
+# The exporter writes it just before the manifest, and nothing else does.
+build/mnist/r2id.onnx: build/mnist/manifest.json
+	@:
+
 build/tiny/manifest.json: .venv/.ready tests/tiny.py $(wildcard export/*.py reference/*.py)
 	$(BIN)/python -m tests.tiny build/tiny
 
@@ -35,7 +44,7 @@ generate: build/mnist/manifest.json ## first picture: environment, export, a she
 	$(BIN)/python -m runtime.generate --engine build/mnist/r2id.onnx --label 0-9 --count 8 \
 		--image 64x64 --out digits.png
 
-export: build/mnist/manifest.json ## the shipped checkpoint as ONNX graphs in build/mnist
+export: build/mnist/.half ## the shipped checkpoint as ONNX graphs in fp32, fp16 and bf16 in build/mnist
 
 train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)

@@ -196,6 +196,8 @@ def name_axes(model: onnx.ModelProto, source: GraphSource) -> None:
                 dim.dim_value = axis
     # Shapes between the nodes were traced under other names; engines infer them anew.
     del model.graph.value_info[:]
+    for node in model.graph.node:  # where in whose folder each line of code was
+        del node.metadata_props[:]
 
 
 @contextlib.contextmanager

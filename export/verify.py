@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
-import numpy as np
 import torch
 
 from export.to_onnx import GraphSource
 from reference.checkpoint import Models
 from runtime import ddim
 from runtime.errors import ArtefactError
-from runtime.manifest import Array, Manifest
+from runtime.manifest import Array, Manifest, relative_error
 from runtime.pipeline import Pipeline
 
 TOLERANCE = 1e-4
@@ -39,14 +38,6 @@ def size_cases(source: GraphSource) -> Iterator[dict[str, int]]:
         sizes = {"height": height, "width": width, "batch": batch}
         sizes |= {"conditions": count, "steps": step}
         yield {axis: sizes[axis] for axis in sizes if axis in axes}
-
-
-def relative_error(found: Array, wanted: Array) -> float:
-    """max |found - wanted| / max |wanted|; infinite where shapes differ or a NaN shows."""
-    if found.shape != wanted.shape:
-        return float("inf")
-    error = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
-    return error if np.isfinite(error) else float("inf")
 
 
 def parity(source: GraphSource, run: Run, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:

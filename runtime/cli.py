@@ -17,6 +17,7 @@ from runtime.providers import PROVIDERS
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
+PRECISIONS = ("fp32", "fp16", "bf16")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -58,6 +59,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="passed to the provider as it is; may be repeated",
     )
+    add("--precision", choices=PRECISIONS, help="form of the heavy graphs (fp32)")
     add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
     add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
@@ -69,7 +71,11 @@ def open_bundle(args: argparse.Namespace) -> "Pipeline":
     from runtime.pipeline import open_bundle
 
     options = EngineOptions(
-        args.provider, args.allow_fallback, args.threads, dict(args.provider_option)
+        args.provider,
+        args.allow_fallback,
+        args.threads,
+        dict(args.provider_option),
+        args.precision or "fp32",
     )
     return open_bundle(args.engine, options, args.expect_sha256)
 

@@ -72,7 +72,9 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
     if args.from_png is not None:
         from runtime.images import read_metadata
 
-        made = repeated(args.from_png, read_metadata(args.from_png))
+        metadata = read_metadata(args.from_png)
+        made = repeated(args.from_png, metadata)
+        args.precision = args.precision or made_in(args.from_png, metadata)
     given = {key: getattr(args, key) for key in DEFAULTS}
     return made | {key: value for key, value in given.items() if value is not None}
 
@@ -86,6 +88,17 @@ def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
             f"{png}: its metadata holds no whole request ({type(error).__name__}: {error}); "
             "expected a PNG made by runtime.generate, unaltered"
         ) from None
+
+
+def made_in(png: Path, metadata: dict[str, Any]) -> str:
+    """The precision that a PNG was drawn in; raises ArtefactError where there is none such."""
+    precision = metadata.get("precision")
+    if precision not in cli.PRECISIONS:
+        raise ArtefactError(
+            f"{png}: its metadata names precision {precision!r}; expected one of "
+            f"{', '.join(cli.PRECISIONS)}. Choose one with --precision"
+        )
+    return str(precision)
 
 
 def _from_json(key: str, value: Any) -> Any:
@@ -200,7 +213,7 @@ def describe(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
         "model": pipeline.model.name,
         "checkpoint": pipeline.manifest.checkpoint.get("sha256"),
         "manifest": pipeline.manifest.sha256,
-        "precision": pipeline.manifest.graph("r2id").precision,
+        "precision": pipeline.options.precision,
         "provider": pipeline.provider,
         "provider_options": dict(pipeline.options.provider_options),
     }

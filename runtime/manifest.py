@@ -42,7 +42,8 @@ class TensorSpec:
 class GraphSpec:
     """One graph: its file and hash, interface, legal range per axis, and measured parity.
 
-    `parity`: sizes of the named axes with `error`, max |difference| / max |PyTorch|.
+    `parity`: sizes of the named axes with `error`, the `relative_error` of an fp32 graph against
+    PyTorch, or of a graph in another precision against the fp32 one.
     """
 
     file: str
@@ -126,14 +127,25 @@ class Manifest:
     def graph(self, name: str, precision: str = "fp32") -> GraphSpec:
         """The spec of a graph, in `precision` where it has such a form, else in fp32.
 
-        Raises ArtefactError where the bundle lacks the graph.
+        Raises ArtefactError where the bundle lacks the graph, UsageError where it lacks the
+        precision.
         """
+        self.check_precision(precision)
         if name not in self.graphs:
             raise ArtefactError(
                 f"{self.folder / FILE_NAME}: names no graph {name}; found {[*self.graphs]}. "
                 f"{REBUILD}"
             )
         return self.variants.get(precision, {}).get(name, self.graphs[name])
+
+    def check_precision(self, precision: str) -> None:
+        """Raise UsageError where the bundle has no graph in `precision`."""
+        found = ("fp32", *self.variants)
+        if precision not in found:
+            raise UsageError(
+                f"{self.folder}: no graphs in {precision}; found {', '.join(found)}. Make them "
+                f"with: python -m calibration.half {self.folder} --precision {precision}"
+            )
 
     def file_bytes(self, spec: GraphSpec | PlanSpec) -> bytes:
         """A graph's or plan's file, read once and compared with its hash; raises ArtefactError."""
@@ -152,6 +164,14 @@ class Manifest:
         del data["folder"], data["sha256"]
         with atomic_write(folder / FILE_NAME) as file:
             file.write(json.dumps({"format": FORMAT, **data}, indent=1).encode() + b"\n")
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """max |found - wanted| / max |wanted|; infinite where shapes differ or a NaN shows."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    error = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+    return error if np.isfinite(error) else float("inf")
 
 
 def find_bundle(engine: Path) -> Path:

@@ -43,7 +43,8 @@ def open_bundle(
     """Open a bundle's folder or any engine file in it.
 
     `expect_sha256` pins the manifest to a trusted one. Raises ArtefactError for a bundle that is
-    not whole, IncompatibleError for an engine that cannot run here.
+    not whole, UsageError for a precision that it lacks, IncompatibleError for an engine that
+    cannot run here.
     """
     path = Path(engine)
     check_engine_kind(path)
@@ -56,6 +57,7 @@ class Pipeline:
     def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
         self.manifest = manifest
         self.options = options or EngineOptions()
+        manifest.check_precision(self.options.precision)
         self.model = manifest.model
         self._engines: dict[str, Engine] = {}
         self._opening = threading.Lock()

@@ -15,13 +15,15 @@ from runtime.providers import check_options, profile_options, span
 class EngineOptions:
     """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose.
 
-    `provider_options` go to ONNX Runtime as they are. Raises UsageError for what cannot be.
+    `provider_options` go to ONNX Runtime as they are; `precision` chooses among the forms that a
+    bundle has of a graph: fp32, fp16 or bf16. Raises UsageError for what cannot be.
     """
 
     provider: str = "cpu"
     allow_fallback: bool = False
     threads: int = 0
     provider_options: Mapping[str, str] = field(default_factory=dict)
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         check_options(self.provider, self.provider_options)
@@ -50,13 +52,14 @@ def check_engine_kind(engine: Path) -> None:
 
 
 def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engine:
-    """Open a graph of a bundle, its hash checked first.
+    """Open a graph of a bundle in the precision asked for, its hash checked first.
 
-    Raises ArtefactError for a damaged file, IncompatibleError for a missing library or provider.
+    Raises UsageError for a precision that the bundle lacks, ArtefactError for a damaged file,
+    IncompatibleError for a missing library or provider.
     """
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    spec = manifest.graph(graph)
+    spec = manifest.graph(graph, options.precision)
     plans = [plan for plan in manifest.plans.values() if plan.graph == graph]
     profiles = plans[0].profiles if plans else ()
     ranges = profile_options(options.provider, spec, profiles)

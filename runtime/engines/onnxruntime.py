@@ -78,6 +78,12 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
     except Exception as error:  # the library's exceptions share no public base class
         if _out_of_memory(error):
             raise memory_error(error, f"{spec.file}: ") from None
+        if isinstance(error, library.capi.onnxruntime_pybind11_state.NotImplemented):
+            raise IncompatibleError(
+                f"{spec.file}: onnxruntime {library.__version__} cannot run {spec.precision} on "
+                f"--provider {options.provider} ({_first_line(error)}). Choose --precision fp32 or "
+                "another --provider"
+            ) from None
         refuses = f"onnxruntime {library.__version__} refuses it ({_first_line(error)})"
         if options.provider == "cpu":
             raise ArtefactError(f"{spec.file}: {refuses}. {REBUILD}") from None

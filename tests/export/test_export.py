@@ -13,7 +13,7 @@ from export import graphs, to_onnx, verify
 from reference import checkpoint
 from runtime.coordinates import grid
 from runtime.errors import ArtefactError
-from runtime.manifest import read_manifest
+from runtime.manifest import read_manifest, relative_error
 from tests.conftest import Command
 from tests.tiny import tiny_models
 
@@ -29,7 +29,7 @@ def models() -> checkpoint.Models:
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    error = verify.relative_error(found.detach().numpy(), wanted.detach().numpy())
+    error = relative_error(found.detach().numpy(), wanted.detach().numpy())
     assert error <= verify.TOLERANCE
 
 
@@ -109,7 +109,7 @@ def test_a_graph_that_differs_stops_the_export(models: checkpoint.Models) -> Non
     for change in (2e-4, np.nan, np.inf):
         with pytest.raises(ArtefactError, match="differs from PyTorch by"):
             verify.parity(source, altered(change))
-    assert verify.relative_error(np.zeros((2, 1)), np.zeros((1, 2))) == np.inf
+    assert relative_error(np.zeros((2, 1)), np.zeros((1, 2))) == np.inf
 
 
 def test_a_wrong_rewrite_is_caught_by_the_trajectory(

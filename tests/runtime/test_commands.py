@@ -54,6 +54,7 @@ def test_single_files_at_any_batch(tiny_bundle: Path, tmp_path: Path, command: C
         (("--seed=-1",), "expected an integer"),
         (("--out", "picture.jpg"), "ends in .png"),
         (("--provider", "abacus"), "invalid choice"),
+        (("--precision", "fp16"), "no graphs in fp16; found fp32. Make them with"),
     ],
 )
 def test_usage_errors(

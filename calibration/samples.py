@@ -1,0 +1,93 @@
+"""Real inputs of every heavy graph: what the shipped numbers go through, not random ones.
+
+Pictures are drawn once; latents of any size are encoded from them, so they are in [-1, 1] however
+well the checkpoint draws, and the step graph sees them on their way from noise, at several
+alpha_bar.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from runtime import schedule
+from runtime.engines import Engine
+from runtime.manifest import Array, Manifest
+from runtime.pipeline import Pipeline, Size
+
+PICTURES = 3
+DRAWING_STEPS = 20
+# Step k of these is where the k-th sample (modulo their count) of the step graph is taken:
+# alpha_bar 1e-6, 0.14, 0.49, 0.85 and 1.
+TRAJECTORY_STEPS = 4
+
+Arrays = dict[str, Array]
+
+
+class Samples:
+    """Inputs of a bundle's heavy graphs, and the fp32 graphs' own outputs for them."""
+
+    def __init__(self, manifest: Manifest):
+        self.pipeline = Recorder(manifest)
+        labels = [i % manifest.model.condition.labels for i in range(PICTURES)]
+        self.pictures = self.pipeline.generate(labels, steps=DRAWING_STEPS).images
+        self.latents = self.pipeline.encode(self.pictures, manifest.model.default_latent)
+
+    def take(self, graph: str, sizes: Mapping[str, int], number: int) -> tuple[Arrays, Arrays]:
+        """Inputs and fp32 outputs of `graph` at `sizes` of its named axes.
+
+        `sizes` has height and width (the graph's own grid), batch up to 3, and for the step
+        graph conditions. `number` chooses its alpha_bar and noise.
+        """
+        size, batch = (sizes["height"], sizes["width"]), sizes["batch"]
+        pictures, latents = self.pictures[:batch], self.latents[:batch]
+        if graph == "r2id":
+            self._step(self.pipeline.encode(pictures, size), sizes["conditions"], size, number)
+        elif graph == "r2ir_image_summary":
+            self.pipeline.encode(self.pipeline.decode(latents, size), (1, 1))
+        elif graph == "r2ir_encode":
+            self.pipeline.encode(pictures, size)
+        elif graph == "r2ir_latent_summary":
+            self.pipeline.decode(self.pipeline.encode(pictures, size), (1, 1))
+        else:
+            self.pipeline.decode(latents, size)
+        if graph == "r2ir_render":  # draws again what r2ir_decode drew, given its ratios
+            inputs, outputs = self.pipeline.recorded["r2ir_decode"]
+            self.pipeline.engine(graph).run({**inputs, "response": outputs["response"]})
+        return self.pipeline.recorded[graph]
+
+    def _step(self, latent: Array, conditions: int, size: Size, number: int) -> None:
+        """One run of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
+        batch, labels = len(latent), self.pipeline.model.condition.labels
+        one_hot = np.zeros((conditions, batch, labels), np.float32)
+        for branch in range(1, conditions):  # branch 0 is the null condition
+            one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
+        alpha_bars = schedule.sampling_alpha_bar(TRAJECTORY_STEPS)
+        step = number % len(alpha_bars)
+        noise = np.random.default_rng(number).standard_normal(latent.shape)
+        x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
+        self.pipeline.denoiser(one_hot, size, TRAJECTORY_STEPS)(x.astype(np.float32), step)
+
+
+class Recorder(Pipeline):
+    """A pipeline that keeps what its graphs took and gave last: graph -> (inputs, outputs)."""
+
+    def __init__(self, manifest: Manifest):
+        super().__init__(manifest)
+        self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
+
+    def engine(self, graph: str) -> Engine:
+        return RecordingEngine(super().engine(graph), graph, self.recorded)
+
+
+class RecordingEngine:
+    """An engine that puts the inputs and outputs of each run into `record`."""
+
+    def __init__(self, engine: Engine, graph: str, record: dict[str, tuple[Arrays, Arrays]]):
+        self.engine, self.graph, self.record = engine, graph, record
+        self.provider = engine.provider
+
+    def run(self, inputs: Mapping[str, Array]) -> Arrays:
+        """As `Engine.run`."""
+        outputs = self.engine.run(inputs)
+        self.record[self.graph] = dict(inputs), outputs
+        return outputs
