@@ -49,8 +49,8 @@ export: build/mnist/.half ## the shipped checkpoint as ONNX graphs in fp32, fp16
 train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
 
-evaluate: .venv/.ready ## what a checkpoint is worth: errors, digits read right, pictures
-	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA)
+evaluate: build/mnist/manifest.json ## what a checkpoint is worth: errors, digits read right, pictures
+	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist
 
 bench: .venv/.ready ## the step graph against PyTorch and a plain export, side by side
 	$(BIN)/python -m benchmarks.step

@@ -2,11 +2,15 @@
 
 Writes `report.json` and pictures: reconstruction error per latent size, eps loss over t, sheets
 over sizes and aspect ratios, latent channels, and the share of generated digits that a small
-classifier reads as the label that was asked for.
+classifier reads as the label that was asked for. With --bundle the digits are drawn by the graphs
+exported from the checkpoint, in any of their precisions: what users run, and faster on a CPU.
+Stopped and started again with the same options, it goes on after what the report holds.
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,12 @@ from reference.checkpoint import Models
 from reference.data import Images, fit, load_mnist
 from reference.train import canvas
 from runtime import cli, ddim, schedule
+from runtime.engines import EngineOptions
+from runtime.errors import UsageError
 from runtime.files import atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.noise import NoiseStreams
+from runtime.pipeline import Pipeline, open_bundle
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 IMAGE_SIDE = 32  # shorter side of every decoded image
@@ -34,6 +41,7 @@ GENERATION_SIZES = (
     *((8, 8), (4, 4), (6, 6), (12, 12), (16, 16)),
     *((9, 6), (6, 9), (16, 9), (9, 16)),
 )
+SCRAPE_SIZES = ((4, 4), (8, 8))
 SHEET_SIZES = ((4, 4), (8, 8), (16, 16), (9, 6), (6, 9), (16, 9), (9, 16), (24, 24))
 SCRAPE_POINTS = 20
 CLASSIFIER_STEPS = 1500
@@ -107,18 +115,15 @@ def batches(count: int, size: Size) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def reconstruction(models: Models, test: Images, limit: int) -> dict[str, float]:
-    """MSE of images through latents of each size and back, at the latent's aspect ratio."""
-    errors = {}
-    for size in tqdm(RECONSTRUCTION_SIZES, desc="reconstruction", unit="size"):
-        shape = canvas(size, IMAGE_SIDE)
-        total = 0.0
-        for part in batches(limit, (8, 8)):
-            images = fit(test.pixels[part], *shape, test.pad)
-            found = models.r2ir.decode(models.r2ir.encode(images, size), shape)
-            total += F.mse_loss(found, images).item() * len(images)
-        errors[name_of(size)] = total / limit
-    return errors
+def reconstruction(models: Models, test: Images, size: Size, limit: int) -> float:
+    """MSE of images through latents of a size and back, at the latent's aspect ratio."""
+    shape = canvas(size, IMAGE_SIDE)
+    total = 0.0
+    for part in tqdm(batches(limit, (8, 8)), desc=f"reconstruction {name_of(size)}", unit="batch"):
+        images = fit(test.pixels[part], *shape, test.pad)
+        found = models.r2ir.decode(models.r2ir.encode(images, size), shape)
+        total += F.mse_loss(found, images).item() * len(images)
+    return total / limit
 
 
 def name_of(size: Size) -> str:
@@ -148,36 +153,75 @@ def generated(
     models: Models, labels: Tensor, size: Size, args: argparse.Namespace, desc: str
 ) -> tuple[Tensor, Tensor]:
     """One digit per label: images `[B, c, h, w]` of the latent's aspect, latents `[B, C, H, W]`."""
-    images, latents = [], []
-    one_hot = F.one_hot(labels, models.config.condition.labels).float()
-    channels = models.config.r2id.latent_channels
+    draw = draw_with_graphs if args.graphs else draw_with_torch
     parts = batches(len(labels), size)
     with tqdm(total=len(parts) * args.steps, desc=desc, unit="step") as bar:
-        for part in parts:
-            own = one_hot[part]
-            streams = NoiseStreams(SEED, range(part.start, part.stop), (channels, *size))
-            weights = (1 - args.guidance, args.guidance)
-            denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), args.steps)
-            start = torch.from_numpy(streams.draw())
-            made = ddim.sample(
-                denoise, start, args.steps, weights, on_step=lambda step: bar.update()
-            )
-            latents.append(made.x)
-            images.append(models.r2ir.decode(made.x, canvas(size, IMAGE_SIDE)))
+        made = [draw(models, labels, part, size, args, lambda step: bar.update()) for part in parts]
+    images, latents = zip(*made, strict=True)
     return torch.cat(images), torch.cat(latents)
 
 
-def digits_read(
-    models: Models, classifier: Classifier, args: argparse.Namespace
-) -> dict[str, float]:
-    """Share of `args.digits` generated digits per latent size that are read as their label."""
+def draw_with_torch(
+    models: Models,
+    labels: Tensor,
+    part: slice,
+    size: Size,
+    args: argparse.Namespace,
+    on_step: Callable[[int], object],
+) -> tuple[Tensor, Tensor]:
+    """Images and latents of `labels[part]`, by the models themselves."""
+    own = F.one_hot(labels[part], models.config.condition.labels).float()
+    shape = (models.config.r2id.latent_channels, *size)
+    start = torch.from_numpy(NoiseStreams(SEED, range(part.start, part.stop), shape).draw())
+    denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), args.steps)
+    weights = (1 - args.guidance, args.guidance)
+    latent = ddim.sample(denoise, start, args.steps, weights, on_step=on_step).x
+    return models.r2ir.decode(latent, canvas(size, IMAGE_SIDE)), latent
+
+
+def draw_with_graphs(
+    models: Models,
+    labels: Tensor,
+    part: slice,
+    size: Size,
+    args: argparse.Namespace,
+    on_step: Callable[[int], object],
+) -> tuple[Tensor, Tensor]:
+    """The same by the bundle's graphs."""
+    made = args.graphs.generate(
+        labels[part].tolist(),
+        latent=size,
+        image=canvas(size, IMAGE_SIDE),
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=SEED,
+        first_index=part.start,
+        on_step=on_step,
+    )
+    return torch.from_numpy(made.images), torch.from_numpy(made.latents)
+
+
+def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Pipeline | None:
+    """The bundle of --bundle; raises UsageError where it is of another checkpoint."""
+    if args.bundle is None:
+        return None
+    graphs = open_bundle(args.bundle, EngineOptions(precision=args.precision))
+    found = graphs.manifest.checkpoint["sha256"]
+    if found != checkpoint_sha256:
+        raise UsageError(
+            f"{args.bundle}: made from checkpoint {found}; expected {checkpoint_sha256}. Make it "
+            f"again with: python -m export --checkpoint {args.checkpoint} --out {args.bundle}"
+        )
+    return graphs
+
+
+def digits_read(models: Models, classifier: Classifier, size: Size, args: Any) -> float:
+    """Share of `args.digits` generated digits at a latent size that are read as their label."""
     labels = torch.arange(args.digits) % 10
-    shares = {}
-    for size in GENERATION_SIZES:
-        images, _ = generated(models, labels, size, args, f"digits {name_of(size)}")
-        shares[name_of(size)] = (read(classifier, images) == labels).float().mean().item()
-        tqdm.write(f"  {name_of(size)}: {shares[name_of(size)]:.1%} read right")
-    return shares
+    images, _ = generated(models, labels, size, args, f"digits {name_of(size)}")
+    share = (read(classifier, images) == labels).float().mean().item()
+    tqdm.write(f"  {name_of(size)}: {share:.1%} read right")
+    return share
 
 
 def read(classifier: Classifier, images: Tensor) -> Tensor:
@@ -224,48 +268,76 @@ def draw_sheets(models: Models, test: Images, args: argparse.Namespace) -> None:
     save_png(args.out / "reconstructions.png", sheet, {"rows": "original, 4x4, 8x8, 16x16"})
 
 
+class Report:
+    """Measures by name and size in a JSON file, written as they come and not taken twice."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.found = path, {"settings": settings}
+        try:
+            earlier = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return
+        if isinstance(earlier, dict) and earlier.get("settings") == settings:
+            self.found = earlier
+
+    def take(self, measure: str, name: str, compute: Callable[[], Any]) -> Any:
+        """The measure from the file, or computed and written there."""
+        part = self.found.setdefault(measure, {})
+        if name not in part:
+            part[name] = compute()
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(self.found, indent=1).encode() + b"\n")
+        return part[name]
+
+
 @torch.inference_mode()
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure everything, then write the report."""
+    """Measure and draw everything, the report growing with each part."""
     test = load_mnist(args.data, "t10k")
     args.out.mkdir(parents=True, exist_ok=True)
     loaded = checkpoint.load(args.checkpoint)
     models, limit = loaded.models, min(args.images, len(test))
-    report: dict[str, Any] = {
+    args.graphs = open_graphs(args, loaded.sha256)
+    settings = {
         "checkpoint": loaded.sha256,
+        "drawn_by": f"graphs in {args.precision}" if args.graphs else "PyTorch",
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "digits_per_size": args.digits,
         "test_images": limit,
     }
-    report["reconstruction_mse"] = reconstruction(models, test, limit)
-    scrapes = {
-        name_of(size): t_scrape(models, test, size, min(limit, 500)) for size in ((4, 4), (8, 8))
-    }
-    report["eps_mse_over_t"] = scrapes
-    draw_scrapes(scrapes, args.out / "eps-over-t.png")
+    report = Report(args.out / "report.json", settings)
+    for size in RECONSTRUCTION_SIZES:
+        error = partial(reconstruction, models, test, size, limit)
+        report.take("reconstruction_mse", name_of(size), error)
+    for size in SCRAPE_SIZES:
+        scrape = partial(t_scrape, models, test, size, min(limit, 500))
+        report.take("eps_mse_over_t", name_of(size), scrape)
+    draw_scrapes(report.found["eps_mse_over_t"], args.out / "eps-over-t.png")
     draw_sheets(models, test, args)
     with torch.inference_mode(False), torch.enable_grad():
         train = load_mnist(args.data)
         classifier = trained_classifier(train, args.out / "classifier.safetensors")
     square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
-    right = read(classifier, square) == test.labels
-    report["classifier_accuracy"] = right.float().mean().item()
-    report["digits_read_right"] = digits_read(models, classifier, args)
-    with atomic_write(args.out / "report.json") as file:
-        file.write(json.dumps(report, indent=1).encode() + b"\n")
-    print_report(report)
+    right = (read(classifier, square) == test.labels).float().mean().item()
+    report.take("classifier_accuracy", "test_images", lambda: right)
+    for size in GENERATION_SIZES:
+        share = partial(digits_read, models, classifier, size, args)
+        report.take("digits_read_right", name_of(size), share)
+    print_report(report.found)
     print(f"report and pictures: {args.out}")
 
 
 def print_report(report: dict[str, Any]) -> None:
     """The report's two tables."""
-    print(f"\nR2IR reconstruction, {report['test_images']} test images")
+    settings, accuracy = report["settings"], report["classifier_accuracy"]["test_images"]
+    print(f"\nR2IR reconstruction, {settings['test_images']} test images")
     for size, error in report["reconstruction_mse"].items():
         print(f"  {size:>6}  MSE {error:.4f}")
     print(
-        f"digits read right, {report['digits_per_size']} a size, {report['steps']} steps, guidance "
-        f"{report['guidance_scale']:g} (test images: {report['classifier_accuracy']:.1%})"
+        f"digits read right, {settings['digits_per_size']} a size, {settings['steps']} steps, "
+        f"guidance {settings['guidance_scale']:g}, by {settings['drawn_by']} "
+        f"(test images: {accuracy:.1%})"
     )
     for size, share in report["digits_read_right"].items():
         print(f"  {size:>6}  {share:.1%}")
@@ -279,6 +351,8 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--checkpoint", type=Path, default=SHIPPED)
+    p.add_argument("--bundle", type=Path, help="draw the digits with this bundle's graphs")
+    p.add_argument("--precision", default="fp32", help="of the bundle's graphs (fp32)")
     p.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
     p.add_argument("--out", type=Path, default=Path("build/evaluation"))
     p.add_argument("--images", type=cli.number(10, 10_000, int), default=10_000)
