@@ -44,7 +44,7 @@ generate: build/mnist/manifest.json ## first picture: environment, export, a she
 	$(BIN)/python -m runtime.generate --engine build/mnist/r2id.onnx --label 0-9 --count 8 \
 		--image 64x64 --out digits.png
 
-export: build/mnist/.half ## the shipped checkpoint as ONNX graphs in fp32, fp16 and bf16 in build/mnist
+export: build/mnist/.half ## the shipped checkpoint as fp32, fp16 and bf16 ONNX graphs in build/mnist
 
 train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
