@@ -163,7 +163,7 @@ def _splits(
     ends = len(price)
     best, splits = price[0], [[(0, int(optimum[0, -1]), ends)]]
     cuts: list[NDArray[np.int64]] = []
-    for bands in range(2, min(count, ends) + 1):
+    for _ in range(2, min(count, ends) + 1):
         # totals[cut, end]: the best bands - 1 bands up to cut, and one more from there to end.
         totals = np.full((ends, ends), np.inf)
         totals[1:] = best[:-1, None] + price[1:]

@@ -129,7 +129,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
     settings = {k: wanted[k] for k in ("latent", "image", "steps", "eta", "seed")}
     settings["guidance_scale"] = wanted["guidance"]
-    pipeline.check_request(each, **settings)
+    pipeline.check_request(each, **settings, batch=args.batch)
     paths = output_paths(args.out, len(each), wanted["first_index"])
     draw(pipeline, wanted, each, settings, paths, args.batch)
 
@@ -201,7 +201,7 @@ def describe(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
         "model": pipeline.model.name,
         "checkpoint": pipeline.manifest.checkpoint.get("sha256"),
         "manifest": pipeline.manifest.sha256,
-        "precision": pipeline.manifest.graph("r2id").precision,
+        "precision": pipeline.manifest.graph("r2id", pipeline.options.precision).precision,
         "provider": engine.provider,
     }
 

@@ -239,9 +239,9 @@ class Buffer:
 
     def array(self, shape: tuple[int, ...], dtype: str) -> Array:
         """The host's side as an array."""
-        kind = np.dtype(dtype)
-        memory = (ctypes.c_char * (math.prod(shape) * kind.itemsize)).from_address(self.host)
-        return np.frombuffer(memory, kind).reshape(shape)
+        count = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = memoryview((ctypes.c_char * count).from_address(self.host))
+        return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
 
 
 class Context:
