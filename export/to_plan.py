@@ -64,8 +64,8 @@ def build(args: argparse.Namespace) -> None:
     folder = find_bundle(args.bundle)
     manifest = read_manifest(folder)
     ranges = Ranges(
-        latent=SizeRange(*args.latent, args.aspect),
-        image=SizeRange(*args.image, args.aspect),
+        latent=SizeRange(args.latent[0], args.latent[1], args.aspect),
+        image=SizeRange(args.image[0], args.image[1], args.aspect),
         batch=args.batch,
         conditions=args.conditions,
         steps=args.steps,
@@ -263,7 +263,8 @@ class PlanBuilder:
         network = builder.create_network(0)
         parser = self.library.OnnxParser(network, self.log)
         if not parser.parse(model):
-            said = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            errors = (parser.get_error(i) for i in range(parser.num_errors))
+            said = [f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors]
             raise ArtefactError(
                 f"{job.spec.file}: {self.flavour} {self.library.__version__} cannot read it: "
                 f"{'; '.join(said) or self._said()}. Make the bundle again with: make export"
