@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -256,7 +257,22 @@ class PlanBuilder:
         self.monitor = progress_monitor(library, bar, place)
 
     def plan(self, job: Job) -> tuple[bytes, PlanSpec]:
-        """Build a plan; raises ArtefactError, IncompatibleError or ResourceError."""
+        """Build a plan; raises ArtefactError, IncompatibleError or ResourceError.
+
+        All of it in a thread of its own: Ctrl-C reaches the main thread, where no native call can
+        swallow it, and stops the build through the monitor.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(self._plan, job)
+            try:
+                while not wait([future], timeout=0.1).done:
+                    pass
+            except BaseException:
+                self.monitor.stopped = True
+                raise
+            return future.result()
+
+    def _plan(self, job: Job) -> tuple[bytes, PlanSpec]:
         started = time.perf_counter()
         interface, model = with_update(job.name, job.spec, job.model)
         builder = self.library.Builder(self.log)
@@ -270,7 +286,7 @@ class PlanBuilder:
                 f"{'; '.join(said) or self._said()}. Make the bundle again with: make export"
             )
         config = self._config(builder, interface, job)
-        data = self._build(builder, network, config)
+        data = builder.build_serialized_network(network, config)
         if data is None:
             raise self._failure(job)
         for message in dict.fromkeys((*self.log.errors, *self.log.warnings)):
@@ -324,27 +340,6 @@ class PlanBuilder:
             if config.add_optimization_profile(made) != number:
                 raise self._failure(job)
         return config
-
-    def _build(self, builder: Any, network: Any, config: Any) -> Any:
-        """Build in a thread, so that Ctrl-C is heard: the monitor then stops the build."""
-        made: list[Any] = []
-        finished = threading.Event()
-
-        def work() -> None:
-            try:
-                made.append(builder.build_serialized_network(network, config))
-            finally:
-                finished.set()
-
-        threading.Thread(target=work).start()
-        try:
-            while not finished.wait(0.1):
-                pass
-        except BaseException:
-            self.monitor.stopped = True
-            finished.wait()
-            raise
-        return made[0] if made else None
 
     def _said(self) -> str:
         return "; ".join(dict.fromkeys(self.log.errors)) or "it gave no reason"
