@@ -109,7 +109,7 @@ class PlanSpec:
         precision = "" if self.precision == "fp32" else f" --precision {self.precision}"
         return (
             f"Build it anew with: {TO_PLAN} {folder} --target {target}{precision}; "
-            f"or run the graph: --engine {Path(self.file).with_suffix('.onnx')}"
+            f"or run the graph: --engine {(folder / self.file).with_suffix('.onnx')}"
         )
 
 

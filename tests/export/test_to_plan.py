@@ -22,6 +22,7 @@ from runtime.engines.tensorrt import plan_interface
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, UsageError
 from runtime.files import exclusive, sha256
 from runtime.manifest import GraphSpec, TensorSpec, read_manifest
+from runtime.schedule import sampling_alpha_bar
 from tests.conftest import ROOT, Command
 
 library = pytest.importorskip(
@@ -103,9 +104,8 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
     np.testing.assert_allclose(size.ravel(), np.abs(wanted).mean(), rtol=1e-5)
     x, scales = given["latent"].astype(np.float64), (-1.0, 1.5, 0.5)
     one = ddim.sample(lambda x, step: eps.astype(np.float64), x, 1, scales, 0.5, lambda step: x)
-    from runtime.schedule import sampling_alpha_bar
-
-    keep, move, spread = ddim.step_weights(*map(float, sampling_alpha_bar(1)), 0.5)
+    first, last = map(float, sampling_alpha_bar(1))
+    keep, move, spread = ddim.step_weights(first, last, 0.5)
     weights = np.array(scales).reshape(3, 1, 1, 1, 1)
     np.testing.assert_allclose(
         keep * x + (weights * move * eps).sum(0) + spread * x, one.x, rtol=1e-9, atol=1e-9

@@ -206,6 +206,9 @@ def test_every_provider_of_the_command_line_is_known() -> None:
     assert tuple(PROVIDERS) == cli.PROVIDERS
 
 
-def test_a_plan_without_tensorrt_offers_the_onnx_graph(tiny_bundle: Path) -> None:
+def test_a_plan_without_tensorrt_offers_the_onnx_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.engines.tensorrt.installed", list)
     with pytest.raises(IncompatibleError, match=r"TensorRT.*r2id\.onnx"):
         open_bundle(tiny_bundle / "r2id.plan")
