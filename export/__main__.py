@@ -18,7 +18,7 @@ from runtime import cli
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import ResourceError
-from runtime.files import TEMPORARY_PREFIX, remove_stale, sha256
+from runtime.files import LOCK_NAME, TEMPORARY_PREFIX, exclusive, remove_stale, sha256
 from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
 from runtime.schedule import FLOOR, OFFSET
 
@@ -32,12 +32,13 @@ def export(args: argparse.Namespace) -> None:
     out: Path = args.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        remove_stale(out)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=out) as staging:
-            manifest = make_bundle(loaded, Path(staging))
-            for spec in manifest.graphs.values():
-                (Path(staging) / spec.file).replace(out / spec.file)
-            manifest.write(out)
+        with exclusive(out / LOCK_NAME):
+            remove_stale(out)
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=out) as staging:
+                manifest = make_bundle(loaded, Path(staging))
+                for spec in manifest.graphs.values():
+                    (Path(staging) / spec.file).replace(out / spec.file)
+                manifest.write(out)
     except OSError as error:
         if isinstance(error, ResourceError):
             raise

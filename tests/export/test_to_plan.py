@@ -206,6 +206,22 @@ def test_progress_rises_to_the_end(tiny_bundle: Path, tmp_path: Path) -> None:
     assert 2 < bar.seen[len(bar.seen) // 2] < 3 and bar.n == 3
 
 
+def test_an_interrupt_stops_the_build_itself(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    made = builder(tmp_path, ("sm89",))
+    monkeypatch.setattr(to_plan, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        made.plan(film(tiny_bundle))
+    assert made.monitor.stopped
+    monkeypatch.undo()
+    with pytest.raises(IncompatibleError, match="built no plan"):  # the monitor says stop
+        made.plan(film(tiny_bundle))
+
+
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_build_that_is_stopped_leaves_the_bundle_as_it_was(
     own_bundle: Path, command: Command, kill: signal.Signals
@@ -241,7 +257,10 @@ def test_a_second_build_in_a_folder_fails_fast(own_bundle: Path, command: Comman
         with pytest.raises(ResourceError, match=r"in use by process \d+"):
             exclusive(own_bundle / ".lock").__enter__()
         done = command("export.to_plan", own_bundle, *TARGETS, "--graphs", "r2id_film")
-    assert done.returncode == 5 and "in use by process" in done.stderr
+        again = ("--checkpoint", own_bundle / "tiny.safetensors", "--out", own_bundle)
+        exported = command("export", *again)
+    for refused in (done, exported):
+        assert refused.returncode == 5 and "in use by process" in refused.stderr
     assert listing(own_bundle) == before
     done = command("export.to_plan", own_bundle, *TARGETS, "--graphs", "r2id_film")
     assert done.returncode == 0, done.stderr

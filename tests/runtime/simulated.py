@@ -21,10 +21,12 @@ class Cuda:
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit, self.device, self.host = limit, {}, {}  # type: ignore[var-annotated]
         self.copies: list[tuple[str, int]] = []
+        self.allocations = 0
 
     def cudaMalloc(self, count: int) -> tuple[int, int]:  # noqa: N802
         if count > self.free():
             return 2, 0
+        self.allocations += 1
         return 0, self._new(self.device, count)
 
     def cudaMallocHost(self, count: int) -> tuple[int, int]:  # noqa: N802
