@@ -227,15 +227,19 @@ class Buffer:
         """Make room for `count` bytes; what was there before is lost. Raises ResourceError."""
         if count <= self.capacity:
             return
-        for free in self._free:
-            free()
-        self._free, self.capacity = [], 0
+        self.free()
         cuda = self.device.cuda
         self.pointer = int(self.device.call("cudaMalloc", count))
         self._free.append(weakref.finalize(self, cuda.cudaFree, self.pointer))
         self.host = int(self.device.call("cudaMallocHost", count))
         self._free.append(weakref.finalize(self, cuda.cudaFreeHost, self.host))
         self.capacity = count
+
+    def free(self) -> None:
+        """Give the memory back."""
+        for free in self._free:
+            free()
+        self._free, self.capacity = [], 0
 
     def array(self, shape: tuple[int, ...], dtype: str) -> Array:
         """The host's side as an array."""
@@ -283,6 +287,12 @@ class Context:
             if not self.native.set_tensor_address(spec.name, buffer.pointer):
                 raise owner.failure(f"the address of {spec.name} was refused")
         self.sizes = sizes
+
+    def close(self) -> None:
+        """Give all memory back, though a traceback may still hold this object."""
+        for buffer in self.buffers.values():
+            buffer.free()
+        self.native = None
 
     def upload(self, inputs: Mapping[str, Array]) -> None:
         """Queue the copies of inputs to the device; those left out keep their values."""
@@ -393,7 +403,7 @@ class TensorRTEngine:
         try:
             own[profile].resize(sizes)
         except ResourceError:
-            del own[profile]  # its memory goes, so that a smaller request finds room
+            own.pop(profile).close()  # so that a smaller request finds room
             raise
         return own[profile]
 
