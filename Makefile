@@ -3,12 +3,13 @@ PYTHON ?= python3
 CONFIG ?= mnist
 DATA ?= data/mnist
 CHECKPOINT ?= reference/weights/mnist.safetensors
+TARGETS ?= sm120,sm89,sm86,sm80
 BIN := .venv/bin
 TORCH := torch==2.13.0
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export train evaluate bench test lint clean
+.PHONY: help generate export plans train evaluate bench test lint clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,7 +18,7 @@ help: ## list the commands (what `make` alone does)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,train,test]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,export,tensorrt-rtx,train,test]'
 	@touch $@
 
 .venv-runtime/.ready: pyproject.toml
@@ -44,7 +45,10 @@ generate: build/mnist/manifest.json ## first picture: environment, export, a she
 	$(BIN)/python -m runtime.generate --engine build/mnist/r2id.onnx --label 0-9 --count 8 \
 		--image 64x64 --out digits.png
 
-export: build/mnist/.half ## the shipped checkpoint as fp32, fp16 and bf16 ONNX graphs in build/mnist
+export: plans ## the shipped checkpoint as ONNX graphs in fp32, fp16 and bf16, and as plans, in build/mnist
+
+plans: build/mnist/.half ## TensorRT plans beside the graphs, for TARGETS
+	$(BIN)/python -m export.to_plan build/mnist --target $(TARGETS)
 
 train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
@@ -60,7 +64,7 @@ lint: .venv/.ready ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-test: lint build/tiny/manifest.json .venv-runtime/.ready ## everything that must hold, torch-free too
+test: lint build/tiny/manifest.json build/mnist/manifest.json .venv-runtime/.ready ## everything that must hold, torch-free too
 	.venv-runtime/bin/python -c 'import importlib.util as u; assert not u.find_spec("torch")'
 	.venv-runtime/bin/python -m pytest tests/runtime
 	$(BIN)/python -m pytest

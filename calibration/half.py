@@ -21,8 +21,6 @@ accumulate in fp32.
 """
 
 import argparse
-import contextlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +35,8 @@ from calibration.samples import Arrays, Samples
 from runtime import cli
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-from runtime.errors import ArtefactError, ResourceError
-from runtime.files import TEMPORARY_PREFIX, atomic_write, remove_stale, sha256
+from runtime.errors import ArtefactError
+from runtime.files import atomic_write, sha256, staging
 from runtime.manifest import (
     DEFAULT_BUNDLE,
     Array,
@@ -355,35 +353,18 @@ def add_variants(args: argparse.Namespace) -> None:
     """Make and check the graphs beside their place, then put them there, the manifest last."""
     manifest = read_manifest(find_bundle(args.bundle))
     folder = manifest.folder
-    with (
-        writing_to(folder),
-        tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as staging,
-    ):
-        made = make_variants(manifest, args.precision, Path(staging), LARGE)
+    with staging(folder) as scratch:
+        made = make_variants(manifest, args.precision, scratch, LARGE)
         kept = {p: own for p, own in manifest.variants.items() if p not in made}
         if kept != manifest.variants:  # no manifest may name a file while it is replaced
             replace(manifest, variants=kept).write(folder)
         for spec in [spec for own in made.values() for spec in own.values()]:
-            (Path(staging) / spec.file).replace(folder / spec.file)
+            (scratch / spec.file).replace(folder / spec.file)
         variants = {p: (kept | made)[p] for p in HALVES if p in kept | made}
         replace(manifest, variants=variants).write(folder)
     for precision, own in made.items():
         error, name = max((row["error"], name) for name in own for row in own[name].parity)
         print(f"{precision}: {len(own)} graphs, largest difference from fp32 {error:.1e} in {name}")
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Remove what killed writers left in `folder`, and turn failing writes into ResourceError."""
-    try:
-        remove_stale(folder)
-        yield
-    except OSError as error:
-        if isinstance(error, ResourceError):
-            raise
-        raise ResourceError(
-            f"{folder}: cannot be written ({error.strerror or error}). Free space or allow it"
-        ) from None
 
 
 def precisions(text: str) -> list[str]:

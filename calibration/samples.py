@@ -65,7 +65,10 @@ class Samples:
         step = number % len(alpha_bars)
         noise = np.random.default_rng(number).standard_normal(latent.shape)
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
-        self.pipeline.denoiser(one_hot, size, TRAJECTORY_STEPS)(x.astype(np.float32), step)
+        inputs, film = self.pipeline.step_inputs(one_hot, size, TRAJECTORY_STEPS)
+        self.pipeline.engine("r2id").run(
+            {"latent": x.astype(np.float32), "film": film[step], **inputs}
+        )
 
 
 class Recorder(Pipeline):

@@ -2,7 +2,6 @@
 
 import argparse
 import platform
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from reference import checkpoint
 from runtime import cli
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
-from runtime.errors import ResourceError
-from runtime.files import TEMPORARY_PREFIX, remove_stale, sha256
+from runtime.files import sha256, staging
 from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
 from runtime.schedule import FLOOR, OFFSET
 
@@ -30,20 +28,11 @@ def export(args: argparse.Namespace) -> None:
     """Make a bundle in a folder beside its place, check it whole, then put it there."""
     loaded = checkpoint.load(args.checkpoint)
     out: Path = args.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_stale(out)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=out) as staging:
-            manifest = make_bundle(loaded, Path(staging))
-            for spec in manifest.graphs.values():
-                (Path(staging) / spec.file).replace(out / spec.file)
-            manifest.write(out)
-    except OSError as error:
-        if isinstance(error, ResourceError):
-            raise
-        raise ResourceError(
-            f"{out}: cannot be written ({error.strerror or error}). Choose another --out"
-        ) from None
+    with staging(out) as scratch:
+        manifest = make_bundle(loaded, scratch)
+        for spec in manifest.graphs.values():
+            (scratch / spec.file).replace(out / spec.file)
+        manifest.write(out)
     print(f"bundle: {out} ({len(manifest.graphs)} graphs, {worst(manifest)})")
 
 

@@ -54,6 +54,20 @@ def sigma(alpha_bar: float, next_alpha_bar: float, eta: float) -> float:
     return eta * math.sqrt(posterior * fresh)
 
 
+def step_weights(alpha_bar: float, next_alpha_bar: float, eta: float) -> tuple[float, ...]:
+    """(keep, move, spread) of a step as one sum: x' = keep · x + move · eps + spread · noise.
+
+    direction = (x - sqrt(a) · x0) / (sqrt(1 - a) + 1e-6) with x0 as above, and
+    x' = sqrt(a') · x0 + sqrt(1 - a' - spread²) · direction, collected by x and eps.
+    """
+    root, rest = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    spread = sigma(alpha_bar, next_alpha_bar, eta)
+    onward = math.sqrt(max(0.0, 1 - next_alpha_bar - spread**2)) / (rest + EPSILON)
+    # x' = onward · x + (sqrt(a') - onward · sqrt(a)) · x0
+    share = (math.sqrt(next_alpha_bar) - onward * root) / (root + EPSILON)
+    return onward + share, -share * rest, spread
+
+
 def sample(
     denoise: Denoiser,
     x: Any,
@@ -71,10 +85,8 @@ def sample(
     """
     alpha_bars = [float(a) for a in sampling_alpha_bar(steps)]
     for step, (a, a_next) in enumerate(pairwise(alpha_bars)):
-        x0 = predict_x0(x, guide(denoise(x, step), weights), a)
-        direction = (x - x0 * math.sqrt(a)) / (math.sqrt(1 - a) + EPSILON)
-        spread = sigma(a, a_next, eta)
-        x = x0 * math.sqrt(a_next) + direction * math.sqrt(max(0.0, 1 - a_next - spread**2))
+        keep, move, spread = step_weights(a, a_next, eta)
+        x = x * keep + guide(denoise(x, step), weights) * move
         if spread > 0 and noise is not None:
             x = x + noise(step) * spread
         require_finite(x, f"step {step + 1} of {steps}")

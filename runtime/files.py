@@ -1,10 +1,11 @@
-"""Files: whole or not at all on writing, hashed before parsing on reading."""
+"""Files: whole or not at all on writing, hashed before parsing on reading, one writer at a time."""
 
 import contextlib
 import errno
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import IO
 from runtime.errors import ArtefactError, ResourceError
 
 TEMPORARY_PREFIX = ".partial-"
+LOCK_NAME = ".lock"
 
 
 def sha256(data: bytes) -> str:
@@ -86,6 +88,66 @@ def remove_stale(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A scratch folder in `folder`, whose only writer the block is; removed at the block's end.
+
+    Made if it is not there, cleared of what killed writers left. What the block moves out of the
+    scratch folder stays. Raises ResourceError where another process writes there or the disk fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder / LOCK_NAME):
+            remove_stale(folder)
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=folder) as scratch:
+                yield Path(scratch)
+    except OSError as error:
+        if isinstance(error, ResourceError):
+            raise
+        raise _resource_error(folder, error) from None
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` while the block runs; raises ResourceError naming who holds it.
+
+    The system frees the lock of a process that ends in any way, so none is ever stale.
+    """
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise _resource_error(path, error) from None
+    with file:
+        file.seek(0)
+        if not _lock(file.fileno()):
+            raise ResourceError(
+                f"{path.parent}: in use by {file.read().strip() or 'another process'}; "
+                "expected to be the only one that writes there. Wait until it has finished"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} ({Path(sys.argv[0]).name})")
+        file.flush()
+        yield
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the file could be locked for this process alone, without waiting."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            # Past the text, since Windows lets no other process read a locked byte.
+            os.lseek(descriptor, 1 << 20, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(path: Path) -> None:

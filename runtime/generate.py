@@ -142,7 +142,7 @@ def generate(args: argparse.Namespace) -> None:
         raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
     settings = {k: wanted[k] for k in ("latent", "image", "steps", "eta", "seed")}
     settings["guidance_scale"] = wanted["guidance"]
-    pipeline.check_request(each, **settings)
+    pipeline.check_request(each, **settings, batch=args.batch)
     paths = output_paths(args.out, len(each), wanted["first_index"])
     draw(pipeline, wanted, each, settings, paths, args.batch)
 

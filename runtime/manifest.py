@@ -20,6 +20,7 @@ FORMAT = 2
 FILE_NAME = "manifest.json"
 DEFAULT_BUNDLE = Path("build/mnist")
 REBUILD = "Make the bundle again with: make export"
+TO_PLAN = "python -m export.to_plan"
 
 Axis = str | int
 Array = NDArray[Any]
@@ -54,8 +55,8 @@ class GraphSpec:
     ranges: dict[str, tuple[int, int]]
     parity: list[dict[str, Any]] = field(default_factory=list)
 
-    def check_inputs(self, inputs: Mapping[str, Array]) -> None:
-        """Raise UsageError where an input is missing or its shape or dtype does not fit."""
+    def check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        """The sizes of the named axes; raises UsageError where an input is missing or unfit."""
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             array = inputs.get(spec.name)
@@ -79,6 +80,7 @@ class GraphSpec:
                     f"{self.file}: {axis} {sizes[axis]} is outside its range {low}..{high}; "
                     f"the nearest legal value is {min(max(sizes[axis], low), high)}"
                 )
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,14 @@ class PlanSpec:
     profiles: tuple[dict[str, tuple[int, int, int]], ...]
     build_seconds: float
     bytes: int
+
+    def rebuild(self, folder: Path, target: str = "current") -> str:
+        """What to do where this plan does not fit: the command that builds it anew."""
+        precision = "" if self.precision == "fp32" else f" --precision {self.precision}"
+        return (
+            f"Build it anew with: {TO_PLAN} {folder} --target {target}{precision}; "
+            f"or run the graph: --engine {(folder / self.file).with_suffix('.onnx')}"
+        )
 
 
 @dataclass(frozen=True)
@@ -147,14 +157,21 @@ class Manifest:
                 f"with: python -m calibration.half {self.folder} --precision {precision}"
             )
 
+    def plan(self, name: str, precision: str = "fp32") -> PlanSpec | None:
+        """The plan of what `graph(name, precision)` gives, if the bundle has one."""
+        wanted = self.graph(name, precision).precision
+        own = (p for p in self.plans.values() if p.graph == name and p.precision == wanted)
+        return next(own, None)
+
     def file_bytes(self, spec: GraphSpec | PlanSpec) -> bytes:
         """A graph's or plan's file, read once and compared with its hash; raises ArtefactError."""
         path = self.folder / spec.file
-        data = read_bytes(path, "a file that the manifest names", REBUILD)
+        remedy = spec.rebuild(self.folder) if isinstance(spec, PlanSpec) else REBUILD
+        data = read_bytes(path, "a file that the manifest names", remedy)
         if sha256(data) != spec.sha256:
             raise ArtefactError(
                 f"{path}: SHA-256 {sha256(data)}; the manifest expects {spec.sha256}. The file "
-                f"is damaged, altered or of another bundle. {REBUILD}"
+                f"is damaged, altered or of another bundle. {remedy}"
             )
         return data
 

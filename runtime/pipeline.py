@@ -4,8 +4,9 @@ Letters: B images, K conditions, C latent channels, c colours, H × W latent, h 
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,17 @@ from numpy.typing import NDArray
 
 from runtime import ddim, schedule
 from runtime.coordinates import grid
-from runtime.engines import Engine, EngineOptions, check_engine_kind, open_engine
-from runtime.errors import UsageError
-from runtime.manifest import Array, Manifest, find_bundle, read_manifest
+from runtime.engines import (
+    Engine,
+    EngineOptions,
+    SamplingEngine,
+    check_engine_kind,
+    open_engine,
+)
+from runtime.errors import ArtefactError, UsageError
+from runtime.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
 from runtime.noise import LARGEST_SEED, NoiseStreams
+from runtime.profiles import choose
 
 Size = tuple[int, int]
 # One image's condition: a label's number, several with weights, or None for no condition.
@@ -46,9 +54,18 @@ def open_bundle(
     not whole, UsageError for a precision that it lacks, IncompatibleError for an engine that
     cannot run here.
     """
-    path = Path(engine)
+    path, options = Path(engine), options or EngineOptions()
     check_engine_kind(path)
-    return Pipeline(read_manifest(find_bundle(path), expect_sha256), options)
+    manifest = read_manifest(find_bundle(path), expect_sha256)
+    if path.suffix == ".plan":
+        if path.name not in manifest.plans:
+            raise ArtefactError(
+                f"{path}: no plan that {manifest.folder / FILE_NAME} names; found "
+                f"{[*manifest.plans]}. Build plans with: {TO_PLAN} {manifest.folder}"
+            )
+        precision = manifest.plans[path.name].precision
+        options = replace(options, plans=True, precision=precision)
+    return Pipeline(manifest, options)
 
 
 class Pipeline:
@@ -113,14 +130,37 @@ class Pipeline:
         for graph in GENERATING:  # a damaged file shows before any work, not after it
             self.engine(graph)
         indices = range(first_index, first_index + len(labels))
-        conditions, weights = self.branches(labels, guidance_scale)
         noise = self.noise(seed, indices, latent)
-        denoise = self.denoiser(conditions, latent, steps)
-        result = ddim.sample(
-            denoise, noise.draw(), steps, weights, eta, lambda step: noise.draw(), on_step
-        )
-        x: NDArray[np.float32] = result.x
+        x = self.sample(labels, noise, latent, steps, guidance_scale, eta, on_step)
         return Generated(self.decode(x, image), x)
+
+    def sample(
+        self,
+        labels: Sequence[Label],
+        noise: NoiseStreams,
+        latent: Size,
+        steps: int,
+        guidance_scale: float,
+        eta: float,
+        on_step: Callable[[int], object] | None,
+    ) -> NDArray[np.float32]:
+        """The latent `[B, C, H, W]` after `steps` DDIM steps, on the device where it can stay."""
+        conditions, weights = self.branches(labels, guidance_scale)
+        inputs, film = self.step_inputs(conditions, latent, steps)
+        engine = self.engine("r2id")
+        start = noise.draw()
+        if isinstance(engine, SamplingEngine):
+            updates = self.updates(film, weights, noise, steps, eta)
+            first = next(updates)
+            given = {"latent": start, **inputs, **first}
+            return engine.sample(given, chain([first], updates), on_step)
+
+        def denoise(x: Array, step: int) -> Array:
+            return engine.run({"latent": x, "film": film[step], **inputs})["eps"]
+
+        return ddim.sample(
+            denoise, start, steps, weights, eta, lambda step: noise.draw(), on_step
+        ).x
 
     def check_request(
         self,
@@ -131,10 +171,12 @@ class Pipeline:
         guidance_scale: float,
         eta: float,
         seed: int,
+        batch: int | None = None,
     ) -> None:
-        """Raise UsageError for a request that the bundle cannot meet."""
-        self.check_size("r2id", latent)
-        self.check_size("r2ir_decode", image)
+        """Raise UsageError for a request that the bundle cannot meet.
+
+        `batch`: images drawn at once, where not all of `labels` are.
+        """
         limits = {
             "steps": (steps, 1, MOST_STEPS),
             "guidance_scale": (guidance_scale, -100, 100),
@@ -154,17 +196,34 @@ class Pipeline:
                         f"label {number} is not in this bundle; expected 0 to {count - 1} "
                         f"({', '.join(self.manifest.labels)})"
                     )
+        conditions = self.branches(labels, guidance_scale)[0]
+        unique = np.unique(conditions.reshape(-1, count), axis=0)
+        images = min(len(labels), batch or len(labels))
+        self.check_size("r2id", latent, batch=images, conditions=len(conditions))
+        self.check_size("r2id_position", latent)
+        self.check_size("r2id_film", latent, steps=steps + 1)
+        self.check_size("r2id_condition", latent, conditions=len(unique))
+        self.check_size("r2ir_latent_summary", latent, batch=images)
+        self.check_size("r2ir_decode", image, batch=images)
 
-    def check_size(self, graph: str, size: Size) -> None:
-        """Raise UsageError where `size` (height, width) is outside a graph's range."""
-        ranges = self.manifest.graph(graph).ranges
-        (low_h, high_h), (low_w, high_w) = ranges["height"], ranges["width"]
-        if not (low_h <= size[0] <= high_h and low_w <= size[1] <= high_w):
+    def check_size(self, graph: str, size: Size, **axes: int) -> None:
+        """Raise UsageError where a graph cannot run at `size` (height, width) and other `axes`.
+
+        With plans, one profile must cover them all.
+        """
+        ranges = self.manifest.graph(graph, self.options.precision).ranges
+        if "height" in ranges:
+            (low_h, high_h), (low_w, high_w) = ranges["height"], ranges["width"]
             nearest = (min(max(size[0], low_h), high_h), min(max(size[1], low_w), high_w))
-            raise UsageError(
-                f"size {size[0]}x{size[1]} is outside the range of {graph}, "
-                f"{low_h}x{low_w} to {high_h}x{high_w}; the nearest is {nearest[0]}x{nearest[1]}"
-            )
+            if size != nearest:
+                raise UsageError(
+                    f"size {size[0]}x{size[1]} is outside the range of {graph}, {low_h}x{low_w} "
+                    f"to {high_h}x{high_w}; the nearest is {nearest[0]}x{nearest[1]}"
+                )
+        plan = self.manifest.plan(graph, self.options.precision) if self.options.plans else None
+        if plan is not None:
+            asked = {"height": size[0], "width": size[1], **axes}
+            choose(plan.file, plan.profiles, {a: asked[a] for a in ranges if a in asked})
 
     def branches(
         self, labels: Sequence[Label], guidance_scale: float
@@ -185,8 +244,10 @@ class Pipeline:
         used = np.abs(weights).max(1) > 0
         return conditions[used], [w.reshape(-1, 1, 1, 1) for w in weights[used]]
 
-    def denoiser(self, conditions: Array, latent: Size, steps: int) -> ddim.Denoiser:
-        """eps of `r2id` with all that outlives a step computed here."""
+    def step_inputs(
+        self, conditions: Array, latent: Size, steps: int
+    ) -> tuple[dict[str, Array], Array]:
+        """What outlives a step: the step graph's inputs that stay, and `film` of every step."""
         count, batch, labels = conditions.shape
         unique, place = np.unique(conditions.reshape(-1, labels), axis=0, return_inverse=True)
         text = self.engine("r2id_condition").run({"condition": unique})
@@ -199,18 +260,36 @@ class Pipeline:
         alpha_bar = schedule.sampling_alpha_bar(steps).astype(np.float32)
         film = self.engine("r2id_film").run({"alpha_bar": alpha_bar})["film"]
         position = self.engine("r2id_position").run({"coordinates": grid(*latent)})["position"]
-        engine = self.engine("r2id")
+        return {"position": position, **gathered}, film
 
-        def denoise(x: Array, step: int) -> Array:
-            inputs = {"latent": x, "position": position, "film": film[step], **gathered}
-            return engine.run(inputs)["eps"]
-
-        return denoise
+    def updates(
+        self,
+        film: Array,
+        weights: Sequence[NDArray[np.float32]],
+        noise: NoiseStreams,
+        steps: int,
+        eta: float,
+    ) -> Iterator[dict[str, Array]]:
+        """What changes per step for a `SamplingEngine`; `noise` where it is not as it was."""
+        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(steps)]
+        for step, (a, a_next) in enumerate(pairwise(alpha_bars)):
+            keep, move, spread = ddim.step_weights(a, a_next, eta)
+            update = {
+                "film": film[step],
+                "keep": np.array([keep], np.float32),
+                "weights": np.stack(weights) * np.float32(move),
+            }
+            if spread > 0:
+                update["noise"] = noise.draw() * np.float32(spread)
+            elif step == 0:
+                update["noise"] = np.zeros((len(noise.generators), *noise.shape), np.float32)
+            yield update
 
     def encode(self, pixels: Array, size: Size) -> NDArray[np.float32]:
         """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
-        self.check_size("r2ir_encode", size)
-        height, width = pixels.shape[2:]
+        batch, _, height, width = pixels.shape
+        self.check_size("r2ir_image_summary", (height, width), batch=batch)
+        self.check_size("r2ir_encode", size, batch=batch)
         sums = self.engine("r2ir_image_summary").run(
             {"pixels": pixels, "coordinates": grid(height, width)}
         )
@@ -218,8 +297,9 @@ class Pipeline:
 
     def decode(self, latent: Array, size: Size) -> NDArray[np.float32]:
         """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]."""
-        self.check_size("r2ir_decode", size)
-        height, width = latent.shape[2:]
+        batch, _, height, width = latent.shape
+        self.check_size("r2ir_latent_summary", (height, width), batch=batch)
+        self.check_size("r2ir_decode", size, batch=batch)
         sums = self.engine("r2ir_latent_summary").run(
             {"latent": latent, "coordinates": grid(height, width)}
         )
@@ -230,7 +310,8 @@ class Pipeline:
 
         `latent` defaults to the training ratio of the pixels' own size.
         """
-        height, width = pixels.shape[2:]
+        batch, _, height, width = pixels.shape
+        self.check_size("r2ir_decode", size, batch=batch)  # before any work
         return self.decode(self.encode(pixels, latent or self.latent_size((height, width))), size)
 
 

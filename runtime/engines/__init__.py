@@ -1,13 +1,12 @@
 """Engines: libraries that run a graph, each imported when the first engine of it is opened."""
 
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from runtime.errors import IncompatibleError
-from runtime.manifest import Array, Manifest
+from runtime.errors import ArtefactError, IncompatibleError
+from runtime.manifest import TO_PLAN, Array, Manifest
 from runtime.providers import check_options, profile_options, span
 
 
@@ -16,7 +15,8 @@ class EngineOptions:
     """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose.
 
     `provider_options` go to ONNX Runtime as they are; `precision` chooses among the forms that a
-    bundle has of a graph: fp32, fp16 or bf16. Raises UsageError for what cannot be.
+    bundle has of a graph: fp32, fp16 or bf16; `plans` runs TensorRT plans instead of graphs.
+    Raises UsageError for what cannot be.
     """
 
     provider: str = "cpu"
@@ -24,6 +24,7 @@ class EngineOptions:
     threads: int = 0
     provider_options: Mapping[str, str] = field(default_factory=dict)
     precision: str = "fp32"
+    plans: bool = False
 
     def __post_init__(self) -> None:
         check_options(self.provider, self.provider_options)
@@ -39,34 +40,58 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplingEngine(Engine, Protocol):
+    """An engine of the step graph that also makes the DDIM update, its latent on the device."""
+
+    def sample(
+        self,
+        inputs: Mapping[str, Array],
+        updates: Iterable[Mapping[str, Array]],
+        on_step: Callable[[int], object] | None = None,
+    ) -> Array:
+        """The last latent `[B, C, H, W]` of a run per update; raises NumericalError."""
+        ...
+
+
 def check_engine_kind(engine: Path) -> None:
-    """Raise IncompatibleError where `engine` is of a kind that cannot run here."""
-    if engine.suffix != ".plan":
-        return
-    found = [name for name in ("tensorrt", "tensorrt_rtx") if importlib.util.find_spec(name)]
-    here = f"found {found[0]}" if found else "TensorRT is not installed here"
-    raise IncompatibleError(
-        f"{engine}: a TensorRT plan, but {here} and this version runs ONNX graphs only. "
-        f"Use --engine {engine.with_suffix('.onnx')}"
-    )
+    """Raise IncompatibleError where `engine` is a plan and no TensorRT is installed."""
+    from runtime.engines import tensorrt
+
+    if engine.suffix == ".plan" and not tensorrt.installed():
+        extras = " or ".join(f"'.[{f.extra}]'" for f in tensorrt.FLAVOURS.values())
+        raise IncompatibleError(
+            f"{engine}: a TensorRT plan, but TensorRT is not installed here. Install it with: "
+            f"python -m pip install {extras}; or use --engine {engine.with_suffix('.onnx')}"
+        )
 
 
 def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engine:
-    """Open a graph of a bundle in the precision asked for, its hash checked first.
+    """Open a graph of a bundle, or its plan, in the precision asked for, its hash checked first.
 
-    Raises UsageError for a precision that the bundle lacks, ArtefactError for a damaged file,
-    IncompatibleError for a missing library or provider.
+    Raises UsageError for a precision that the bundle lacks, ArtefactError for a damaged file or a
+    plan that is not there, IncompatibleError for a missing library, provider or GPU.
     """
+    spec = manifest.graph(graph, options.precision)
+    plan = manifest.plan(graph, options.precision) if options.plans else None
+    if plan is not None:
+        from runtime.engines.tensorrt import TensorRTEngine
+
+        return TensorRTEngine(graph, spec, plan, manifest.folder, manifest.file_bytes(plan))
+    if options.plans and not options.allow_fallback:
+        raise ArtefactError(
+            f"{manifest.folder}: has no plan of {graph} in {spec.precision}; found "
+            f"{[*manifest.plans]}. Build it with: {TO_PLAN} {manifest.folder} --graphs {graph}, "
+            "or pass --allow-fallback to run it on ONNX Runtime"
+        )
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    spec = manifest.graph(graph, options.precision)
-    plans = [plan for plan in manifest.plans.values() if plan.graph == graph]
-    profiles = plans[0].profiles if plans else ()
+    plan = manifest.plan(graph, options.precision)
+    profiles = plan.profiles if plan else ()
     ranges = profile_options(options.provider, spec, profiles)
-    model = manifest.file_bytes(spec)
     if ranges:  # the provider builds for the plans' sizes and can run no other
         legal = {axis: (low, high) for axis, (low, _, high) in span(profiles).items()}
         spec = replace(spec, ranges=spec.ranges | legal)
         own = ranges | dict(options.provider_options)
         options = replace(options, provider_options=own)
-    return OnnxRuntimeEngine(spec, model, options)
+    return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options)

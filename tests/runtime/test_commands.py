@@ -79,8 +79,6 @@ def test_bad_artefacts_have_exit_code_3(own_bundle: Path, command: Command, tmp_
 def test_environment_errors_have_exit_code_4(
     tiny_bundle: Path, command: Command, tmp_path: Path
 ) -> None:
-    code, line = generate(command, tiny_bundle / "r2id.plan")
-    assert code == 4 and "r2id.onnx" in line
     # A module of this name that cannot be imported stands for a missing library.
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('not installed')")
     code, line = generate(command, tiny_bundle)

@@ -194,6 +194,9 @@ def test_a_manifest_reads_back_as_written(tiny_bundle: Path, tmp_path: Path) -> 
     assert (tmp_path / "manifest.json").read_bytes() == (tiny_bundle / "manifest.json").read_bytes()
 
 
-def test_a_plan_without_tensorrt_offers_the_onnx_graph(tiny_bundle: Path) -> None:
+def test_a_plan_without_tensorrt_offers_the_onnx_graph(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.engines.tensorrt.installed", list)
     with pytest.raises(IncompatibleError, match=r"TensorRT.*r2id\.onnx"):
         open_bundle(tiny_bundle / "r2id.plan")

@@ -1,0 +1,462 @@
+"""TensorRT plans, of both flavours: `tensorrt` and `tensorrt_rtx` (TensorRT for RTX).
+
+Their Python interface is one; what differs is in `Flavour` and `_runtime_config`.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import math
+import os
+import platform
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
+from runtime.files import atomic_write, exclusive
+from runtime.manifest import Array, GraphSpec, PlanSpec, TensorSpec
+from runtime.profiles import choose
+
+STEP_GRAPH = "r2id"
+OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory allocation", "bad_alloc")
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A TensorRT library: its module, extra, and what it has that the other one lacks.
+
+    `ahead`: builds for GPUs that are not there. `runtime_cache`: compiles kernels on the user's
+    machine, keeps them, and captures CUDA graphs by itself. `timing_cache`: times kernels while it
+    builds.
+    """
+
+    module: str
+    extra: str
+    ahead: bool
+    runtime_cache: bool
+    timing_cache: bool
+
+
+FLAVOURS = {
+    "tensorrt": Flavour("tensorrt", "tensorrt", False, False, True),
+    "tensorrt_rtx": Flavour("tensorrt_rtx", "tensorrt-rtx", True, True, False),
+}
+
+
+def installed() -> list[str]:
+    """The flavours that are installed here."""
+    return [name for name in FLAVOURS if importlib.util.find_spec(name)]
+
+
+def load_library(flavour: str) -> Any:
+    """Import a flavour's module; raises IncompatibleError with the command that installs it."""
+    try:
+        return importlib.import_module(FLAVOURS[flavour].module)
+    except (ImportError, OSError) as error:
+        raise IncompatibleError(
+            f"{flavour} cannot be imported ({error}); found {installed() or 'no TensorRT'} here. "
+            f"Install it with: python -m pip install '.[{FLAVOURS[flavour].extra}]'"
+        ) from None
+
+
+def load_cuda() -> Any:
+    """Import CUDA's runtime bindings; raises IncompatibleError with the command to install them."""
+    try:
+        from cuda.bindings import runtime
+    except (ImportError, OSError) as error:
+        raise IncompatibleError(
+            f"cuda-python cannot be imported ({error}); expected it for TensorRT plans. "
+            "Install it with: python -m pip install 'cuda-bindings>=13'"
+        ) from None
+    return runtime
+
+
+def platform_name() -> str:
+    """Operating system and processor of this machine, as in `linux-x86_64`."""
+    return f"{platform.system()}-{platform.machine()}".lower()
+
+
+def device_target() -> str:
+    """Compute capability of the GPU at hand, as in `sm89`; raises IncompatibleError."""
+    device = Device(load_cuda())
+    attributes = device.cuda.cudaDeviceAttr
+    major, minor = (
+        device.call("cudaDeviceGetAttribute", getattr(attributes, name), 0)
+        for name in ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
+    )
+    return f"sm{major}{minor}"
+
+
+def message_log(library: Any) -> Any:
+    """A logger for `library` that keeps errors and warnings in `errors` and `warnings`."""
+
+    class Log(library.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.INTERNAL_ERROR, library.ILogger.ERROR):
+                self.errors.append(" ".join(message.split()))
+            elif severity == library.ILogger.WARNING:
+                self.warnings.append(" ".join(message.split()))
+
+    return Log()
+
+
+def plan_interface(name: str, spec: GraphSpec) -> GraphSpec:
+    """What the plan of a graph takes and gives: the step graph's plan has the DDIM update fused in.
+
+    next = keep · latent + Σ weights[k] · eps[k] + noise, so that the latent never leaves the
+    device, and size = mean |next|, which is not finite where any of it is not.
+    """
+    if name != STEP_GRAPH:
+        return spec
+    latent = next(tensor for tensor in spec.inputs if tensor.name == "latent")
+    extra = (
+        TensorSpec("weights", "float32", ("conditions", "batch", 1, 1, 1)),
+        TensorSpec("keep", "float32", (1,)),
+        TensorSpec("noise", "float32", latent.axes),
+    )
+    made = (
+        TensorSpec("next", "float32", latent.axes),
+        TensorSpec("size", "float32", (1, 1, 1, 1)),
+    )
+    return replace(spec, inputs=spec.inputs + extra, outputs=spec.outputs + made)
+
+
+def check_plan(plan: PlanSpec, graph: GraphSpec, folder: Path) -> None:
+    """Compare a plan with its graph, then flavour, version, system and GPU with this machine.
+
+    Raises ArtefactError for a plan of another graph, IncompatibleError for another machine's.
+    """
+    path = folder / plan.file
+    if plan.source_sha256 != graph.sha256:
+        raise ArtefactError(
+            f"{path}: built from a graph of SHA-256 {plan.source_sha256[:12]}…; {graph.file} in "
+            f"this bundle has {graph.sha256[:12]}…. {plan.rebuild(folder)}"
+        )
+    if plan.flavour not in FLAVOURS:
+        raise ArtefactError(
+            f"{path}: of flavour {plan.flavour!r}; expected {' or '.join(FLAVOURS)}. "
+            f"{plan.rebuild(folder)}"
+        )
+    made, here = f"{plan.flavour} {plan.version}", installed()
+    if plan.flavour not in here:
+        extra = FLAVOURS[plan.flavour].extra
+        raise IncompatibleError(
+            f"{path}: built with {made}; here is {' and '.join(here) or 'no TensorRT'}. "
+            f"Install it with: python -m pip install '.[{extra}]'. {plan.rebuild(folder)}"
+        )
+    version = str(load_library(plan.flavour).__version__)
+    if version != plan.version:
+        raise IncompatibleError(
+            f"{path}: built with {made}; here is {plan.flavour} {version}, which reads its own "
+            f"plans only. {plan.rebuild(folder, ','.join(plan.targets))}"
+        )
+    if plan.platform != platform_name():
+        raise IncompatibleError(
+            f"{path}: built for {plan.platform}; here is {platform_name()}. {plan.rebuild(folder)}"
+        )
+    try:
+        target = device_target()
+    except IncompatibleError as error:
+        raise IncompatibleError(
+            f"{path}: built for {', '.join(plan.targets)}; {error}. Or run the graph: "
+            f"--engine {folder / graph.file}"
+        ) from None
+    if target not in plan.targets:
+        raise IncompatibleError(
+            f"{path}: built for {', '.join(plan.targets)}; the GPU here is {target}. "
+            f"{plan.rebuild(folder)}"
+        )
+
+
+class Device:
+    """CUDA runtime calls, each checked."""
+
+    def __init__(self, cuda: Any):
+        self.cuda = cuda
+
+    def call(self, function: str, *args: Any) -> Any:
+        """Call a function and return its value; raises IncompatibleError or ResourceError."""
+        error, *values = getattr(self.cuda, function)(*args)
+        if error == self.cuda.cudaError_t.cudaSuccess:
+            return values[0] if values else None
+        self.cuda.cudaGetLastError()  # a later call must not see this error
+        if error == self.cuda.cudaError_t.cudaErrorMemoryAllocation:
+            raise self.out_of_memory(int(args[0]), function)
+        words = self.cuda.cudaGetErrorString(error)[1]
+        raise IncompatibleError(
+            f"no usable GPU or driver: {function} says {words.decode()!r}; expected an NVIDIA GPU "
+            "and its driver (nvidia-smi shows both)"
+        )
+
+    def out_of_memory(self, needed: int, what: str) -> ResourceError:
+        """The error for `needed` bytes that are not there, with the bytes that are free."""
+        error, free, _ = self.cuda.cudaMemGetInfo()
+        found = f"{free} are free" if error == self.cuda.cudaError_t.cudaSuccess else "fewer free"
+        return ResourceError(
+            f"{what}: out of GPU memory: {needed} bytes are needed, {found}; "
+            "ask for a smaller --image, --latent or --batch"
+        )
+
+    def copy(self, target: int, source: int, count: int, stream: Any) -> None:
+        """Queue a copy between any two of host and device."""
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDefault
+        self.call("cudaMemcpyAsync", target, source, count, kind, stream)
+
+
+class Buffer:
+    """A tensor's memory on the device and, pinned, on the host; it grows and never shrinks."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.capacity = self.pointer = self.host = 0
+        self._free: list[Callable[[], object]] = []
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` bytes; what was there before is lost. Raises ResourceError."""
+        if count <= self.capacity:
+            return
+        self.free()
+        cuda = self.device.cuda
+        self.pointer = int(self.device.call("cudaMalloc", count))
+        self._free.append(weakref.finalize(self, cuda.cudaFree, self.pointer))
+        self.host = int(self.device.call("cudaMallocHost", count))
+        self._free.append(weakref.finalize(self, cuda.cudaFreeHost, self.host))
+        self.capacity = count
+
+    def free(self) -> None:
+        """Give the memory back."""
+        for free in self._free:
+            free()
+        self._free, self.capacity = [], 0
+
+    def array(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """The host's side as an array."""
+        count = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = memoryview((ctypes.c_char * count).from_address(self.host))
+        return np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
+
+
+class Context:
+    """An execution context of one thread and one profile, with its stream and buffers."""
+
+    def __init__(self, owner: "TensorRTEngine", profile: int):
+        self.owner, self.device = owner, owner.device
+        self.stream = self.device.call("cudaStreamCreate")
+        weakref.finalize(self, self.device.cuda.cudaStreamDestroy, self.stream)
+        self.buffers: dict[str, Buffer] = {}
+        self.sizes: dict[str, int] = {}
+        needed = int(owner.native.get_device_memory_size_for_profile_v2(profile))
+        self.native = owner.native.create_execution_context(runtime_config=owner.config)
+        if self.native is None:
+            raise owner.failure("create_execution_context gave nothing", needed)
+        if not self.native.set_optimization_profile_async(profile, int(self.stream)):
+            raise owner.failure(f"profile {profile} was refused", needed)
+        self.device.call("cudaStreamSynchronize", self.stream)
+
+    def resize(self, sizes: dict[str, int]) -> None:
+        """Set and check every shape and give every tensor its memory, where sizes are new."""
+        if sizes == self.sizes:
+            return
+        self.sizes = {}  # until all is set
+        owner = self.owner
+        for spec in owner.spec.inputs:
+            if not self.native.set_input_shape(spec.name, spec.shape(sizes)):
+                raise owner.failure(f"{spec.name} of shape {spec.shape(sizes)} was refused")
+        missing = self.native.infer_shapes()
+        if missing:
+            raise owner.failure(f"the shapes of {missing} are unknown")
+        for spec in (*owner.spec.inputs, *owner.spec.outputs):
+            shape = spec.shape(sizes)
+            found = tuple(self.native.get_tensor_shape(spec.name))
+            if found != shape:
+                raise owner.failure(f"{spec.name} has shape {found}, the manifest says {shape}")
+            buffer = self.buffers.setdefault(spec.name, Buffer(self.device))
+            buffer.reserve(max(math.prod(shape) * np.dtype(spec.dtype).itemsize, 1))
+            if not self.native.set_tensor_address(spec.name, buffer.pointer):
+                raise owner.failure(f"the address of {spec.name} was refused")
+        self.sizes = sizes
+
+    def close(self) -> None:
+        """Give all memory back, though a traceback may still hold this object."""
+        for buffer in self.buffers.values():
+            buffer.free()
+        self.native = None
+
+    def upload(self, inputs: Mapping[str, Array]) -> None:
+        """Queue the copies of inputs to the device; those left out keep their values."""
+        for spec in self.owner.spec.inputs:
+            if spec.name in inputs:
+                buffer = self.buffers[spec.name]
+                host = buffer.array(spec.shape(self.sizes), spec.dtype)
+                host[...] = inputs[spec.name]
+                self.device.copy(buffer.pointer, buffer.host, host.nbytes, self.stream)
+
+    def execute(self) -> None:
+        """Queue one run."""
+        if not self.native.execute_async_v3(int(self.stream)):
+            raise self.owner.failure("execute_async_v3 failed")
+
+    def feed(self, source: str, target: str) -> None:
+        """Queue the copy of an output onto an input of its shape, on the device."""
+        spec = next(s for s in self.owner.spec.outputs if s.name == source)
+        count = math.prod(spec.shape(self.sizes)) * np.dtype(spec.dtype).itemsize
+        pointers = self.buffers[target].pointer, self.buffers[source].pointer
+        self.device.copy(*pointers, count, self.stream)
+
+    def download(self, outputs: Iterable[TensorSpec]) -> dict[str, Array]:
+        """Copy tensors back and wait for everything queued: arrays that are the caller's own."""
+        arrays = {}
+        for spec in outputs:
+            buffer = self.buffers[spec.name]
+            arrays[spec.name] = array = buffer.array(spec.shape(self.sizes), spec.dtype)
+            self.device.copy(buffer.host, buffer.pointer, array.nbytes, self.stream)
+        self.device.call("cudaStreamSynchronize", self.stream)
+        return {name: array.copy() for name, array in arrays.items()}
+
+
+class TensorRTEngine:
+    """One plan; every thread has execution contexts of its own, one per profile it has used."""
+
+    def __init__(self, name: str, graph: GraphSpec, plan: PlanSpec, folder: Path, data: bytes):
+        """Open a plan of matching hash; raises ArtefactError or IncompatibleError."""
+        check_plan(plan, graph, folder)
+        library = load_library(plan.flavour)
+        self.graph, self.plan, self.folder = graph, plan, folder
+        self.spec = plan_interface(name, graph)
+        self.provider = plan.flavour
+        self.device = Device(load_cuda())
+        self.log = message_log(library)
+        self.runtime = library.Runtime(self.log)
+        self.native = self.runtime.deserialize_cuda_engine(data)
+        if self.native is None:
+            raise self.failure("the plan was refused")
+        self._check_interface()
+        self.config = _runtime_config(self, library)
+        self._threads = threading.local()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph on inputs that fit its spec and a profile; see `Engine.run`."""
+        sizes = self.graph.check_inputs(inputs)
+        context = self._context(sizes)
+        idle = {s.name: np.zeros(s.shape(sizes), s.dtype) for s in self.spec.inputs}
+        context.upload({**idle, **inputs})
+        context.execute()
+        return context.download(self.graph.outputs)
+
+    def sample(
+        self,
+        inputs: Mapping[str, Array],
+        updates: Iterable[Mapping[str, Array]],
+        on_step: Callable[[int], object] | None = None,
+    ) -> Array:
+        """Run the step graph once per update, its `next` becoming its `latent` on the device.
+
+        `updates` gives the inputs that change, as in `plan_interface`; the last latent comes back.
+        Raises NumericalError naming the step.
+        """
+        context = self._context(self.spec.check_inputs(inputs))
+        context.upload(inputs)
+        latent = next(s for s in self.spec.inputs if s.name == "latent")
+        size = next(s for s in self.spec.outputs if s.name == "size")
+        for step, update in enumerate(updates):
+            context.upload(update)
+            context.execute()
+            context.feed("next", "latent")
+            if not np.isfinite(context.download([size])["size"]).all():
+                raise NumericalError(
+                    f"found NaN or infinity in the latent after step {step + 1}; expected finite "
+                    "numbers. Try a lower guidance_scale or a precision of fp32"
+                )
+            if on_step is not None:
+                on_step(step)
+        return context.download([latent])["latent"]
+
+    def failure(self, what: str, needed: int = 0) -> Exception:
+        """The error for a native call that gave nothing: memory, or what the library said."""
+        said = "; ".join(self.log.errors) or "it gave no reason"
+        self.log.errors.clear()
+        if any(words in said.lower() for words in OUT_OF_MEMORY):
+            return self.device.out_of_memory(needed, self.plan.file)
+        return IncompatibleError(
+            f"{self.folder / self.plan.file}: {what} by {self.plan.flavour} {self.plan.version}: "
+            f"{said}. {self.plan.rebuild(self.folder)}"
+        )
+
+    def _context(self, sizes: dict[str, int]) -> Context:
+        """This thread's context for `sizes`, with shapes and memory set; raises UsageError."""
+        profile = choose(self.plan.file, self.plan.profiles, sizes)
+        own: dict[int, Context] = self._threads.__dict__.setdefault("contexts", {})
+        if profile not in own:
+            own[profile] = Context(self, profile)
+        try:
+            own[profile].resize(sizes)
+        except ResourceError:
+            own.pop(profile).close()  # so that a smaller request finds room
+            raise
+        return own[profile]
+
+    def _check_interface(self) -> None:
+        """Raise ArtefactError where the plan's tensors or profiles are not the manifest's."""
+        names = {self.native.get_tensor_name(i) for i in range(self.native.num_io_tensors)}
+        wanted = {spec.name for spec in (*self.spec.inputs, *self.spec.outputs)}
+        profiles = self.native.num_optimization_profiles
+        if names != wanted or profiles != len(self.plan.profiles):
+            raise ArtefactError(
+                f"{self.folder / self.plan.file}: has {sorted(names)} and {profiles} profiles; the "
+                f"manifest says {sorted(wanted)} and {len(self.plan.profiles)}. "
+                f"{self.plan.rebuild(self.folder)}"
+            )
+
+
+def _runtime_config(engine: TensorRTEngine, library: Any) -> Any:
+    """How contexts run: memory per profile and, for RTX, CUDA graphs and kept kernels.
+
+    Shape-specialised kernels are compiled in the background while a fallback runs. The cache is
+    read where the library accepts it (it checks version, GPU and driver) and kept at the end.
+    """
+    config = engine.native.create_runtime_config()
+    if config is None:
+        raise engine.failure("create_runtime_config gave nothing")
+    config.set_execution_context_allocation_strategy(
+        library.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+    )
+    if not FLAVOURS[engine.plan.flavour].runtime_cache:
+        return config
+    config.cuda_graph_strategy = library.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    config.dynamic_shapes_kernel_specialization_strategy = (
+        library.DynamicShapesKernelSpecializationStrategy.LAZY
+    )
+    cache = config.create_runtime_cache()
+    path = cache_folder() / f"{engine.plan.flavour}-{engine.plan.sha256[:24]}.cache"
+    with contextlib.suppress(OSError):
+        cache.deserialize(path.read_bytes())
+    if not config.set_runtime_cache(cache):
+        raise engine.failure("the runtime cache was refused")
+    weakref.finalize(engine, save_cache, cache, path)
+    return config
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: the user's cache folder."""
+    home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return Path(home or Path.home() / ".cache") / "r2-edge-toolkit"
+
+
+def save_cache(cache: Any, path: Path) -> None:
+    """Write a runtime cache, locked; without it only the next start is slower, so never fails."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path.with_suffix(".lock")), atomic_write(path) as file:
+            file.write(bytes(cache.serialize()))
