@@ -10,6 +10,7 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
+from export.chunk import chunk_ffn
 from export.to_onnx import OPSET, GraphSource, onnx_from_source, sources
 from export.verify import parity, trajectory_parity
 from reference import checkpoint
@@ -30,7 +31,7 @@ def export(args: argparse.Namespace) -> None:
     out: Path = args.out
     with staging(out) as scratch:
         manifest = make_bundle(loaded, scratch)
-        for spec in manifest.graphs.values():
+        for _, spec in manifest.forms():
             (scratch / spec.file).replace(out / spec.file)
         manifest.write(out)
     print(f"bundle: {out} ({len(manifest.graphs)} graphs, {worst(manifest)})")
@@ -40,10 +41,15 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     """Write every graph into `folder`, each checked against PyTorch, and check a trajectory."""
     config = loaded.models.config
     bar = tqdm(sources(loaded.models), desc="export", unit="graph")
-    specs = {}
+    specs, for_cpu = {}, {}
     for source in bar:
         bar.set_postfix_str(source.name)
-        specs[source.name] = export_graph(source, folder)
+        model = onnx_from_source(source)
+        specs[source.name] = write_graph(source, model, folder / f"{source.name}.onnx")
+        chunked = chunk_ffn(model)
+        if chunked is not None:
+            path = folder / f"{source.name}.cpu.onnx"
+            for_cpu[source.name] = write_graph(source, chunked, path)
     names = loaded.provenance.get("labels") or map(str, range(config.condition.labels))
     manifest = Manifest(
         model=config,
@@ -59,16 +65,16 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
         schedule={"name": "cosine", "offset": OFFSET, "floor": FLOOR},
         trajectory={},
         graphs=specs,
+        for_cpu=for_cpu,
         folder=folder,
     )
     return replace(manifest, trajectory=trajectory_parity(loaded.models, manifest))
 
 
-def export_graph(source: GraphSource, folder: Path) -> GraphSpec:
-    """One graph's file, its spec and its parity on ONNX Runtime."""
-    path = folder / f"{source.name}.onnx"
-    onnx_from_source(source, path)
-    data = path.read_bytes()
+def write_graph(source: GraphSource, model: onnx.ModelProto, path: Path) -> GraphSpec:
+    """A graph's file in a folder of ours, its spec and its parity on ONNX Runtime."""
+    data = model.SerializeToString(deterministic=True)
+    path.write_bytes(data)
     axes = {axis for spec in source.inputs for axis in spec.axes if isinstance(axis, str)}
     spec = GraphSpec(
         file=path.name,
@@ -84,9 +90,7 @@ def export_graph(source: GraphSource, folder: Path) -> GraphSpec:
 
 def worst(manifest: Manifest) -> str:
     """The largest error of any graph at any size, in words."""
-    error, name = max(
-        (row["error"], name) for name, spec in manifest.graphs.items() for row in spec.parity
-    )
+    error, name = max((row["error"], n) for n, spec in manifest.forms() for row in spec.parity)
     return f"largest difference from PyTorch {error:.1e} in {name}"
 
 

@@ -5,7 +5,6 @@ import io
 import logging
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -143,8 +142,8 @@ def sources(models: Models) -> list[GraphSource]:
     ]
 
 
-def onnx_from_source(source: GraphSource, path: Path) -> None:
-    """Export one graph into one file; raises ArtefactError where an axis was baked in."""
+def onnx_from_source(source: GraphSource) -> onnx.ModelProto:
+    """Export one graph; raises ArtefactError where an axis was baked in."""
     generator = torch.Generator().manual_seed(0)
     dynamic: dict[str, Any] = {
         spec.name: {i: torch.export.Dim.DYNAMIC for i, a in enumerate(spec.axes) if named(a)}
@@ -165,7 +164,7 @@ def onnx_from_source(source: GraphSource, path: Path) -> None:
     model = program.model_proto
     name_axes(model, source)
     onnx.checker.check_model(model)
-    onnx.save_model(model, path, save_as_external_data=False)
+    return model
 
 
 def named(axis: Axis) -> bool:

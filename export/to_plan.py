@@ -137,11 +137,7 @@ def chosen(manifest: Manifest, graphs: list[str] | None, precision: str) -> list
     unknown = [name for name in graphs or () if name not in manifest.graphs]
     if unknown:
         raise UsageError(f"--graphs {','.join(unknown)}: expected some of {[*manifest.graphs]}")
-    if precision not in ("fp32", *manifest.variants):
-        raise UsageError(
-            f"--precision {precision}: the bundle has no graphs in it; found "
-            f"{['fp32', *manifest.variants]}. Make them with: python -m calibration"
-        )
+    manifest.check_precision(precision)
     return graphs or [*manifest.graphs]
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,17 +55,10 @@ def inspect(args: argparse.Namespace) -> None:
         )
 
 
-def graphs(manifest: "Manifest") -> "Iterator[tuple[str, GraphSpec]]":
-    """Every graph with its name, the fp32 ones first."""
-    yield from manifest.graphs.items()
-    for own in manifest.variants.values():
-        yield from own.items()
-
-
 def file_states(manifest: "Manifest") -> dict[str, str]:
     """ok, missing, altered or unreadable per file; a plan of another graph is outdated."""
-    states = {spec.file: _state(manifest, spec) for _, spec in graphs(manifest)}
-    sources = {(name, spec.sha256) for name, spec in graphs(manifest)}
+    states = {spec.file: _state(manifest, spec) for _, spec in manifest.forms()}
+    sources = {(name, spec.sha256) for name, spec in manifest.forms()}
     for file, plan in manifest.plans.items():
         states[file] = _state(manifest, plan)
         if states[file] == "ok" and (plan.graph, plan.source_sha256) not in sources:
@@ -146,9 +139,11 @@ def trajectory_text(trajectory: dict[str, Any]) -> str:
 def graph_table(manifest: "Manifest", states: dict[str, str]) -> str:
     """Each graph's precision, file and legal range of every axis."""
     rows = [["graph", "precision", "size", "file", "axes"]]
-    for name, spec in graphs(manifest):
+    for _, spec in manifest.forms():
         size = _size(manifest.folder / spec.file)
-        rows.append([name, spec.precision, size, states[spec.file], axes_text(spec.ranges)])
+        rows.append(
+            [Path(spec.file).stem, spec.precision, size, states[spec.file], axes_text(spec.ranges)]
+        )
     return cli.table(rows)
 
 
@@ -169,17 +164,25 @@ def plan_table(manifest: "Manifest", states: dict[str, str]) -> str:
 
 
 def parity_table(manifest: "Manifest", every_size: bool) -> str:
-    """Differences from PyTorch: the largest of each graph, or all."""
+    """Differences from PyTorch, or of other precisions from fp32: each graph's largest, or all."""
     rows: list[list[object]] = [["graph", "precision", "sizes", "difference", "at"]]
-    for name, spec in graphs(manifest):
+    for _, spec in manifest.forms():
         found = sorted(spec.parity, key=lambda row: -row["error"])
         for row in spec.parity if every_size else found[:1]:
             count = 1 if every_size else len(found)
             sizes = {axis: value for axis, value in row.items() if axis in spec.ranges}
-            rows.append([name, spec.precision, count, f"{row['error']:.1e}", axes_text(sizes)])
+            rows.append(
+                [
+                    Path(spec.file).stem,
+                    spec.precision,
+                    count,
+                    f"{row['error']:.1e}",
+                    axes_text(sizes),
+                ]
+            )
     if every_size:
         rows = [[*row[:2], *row[3:]] for row in rows]
-    title = "difference from PyTorch, of the largest value"
+    title = "difference from PyTorch (fp16, bf16: from fp32), of the largest value"
     return f"{title}, {'at every size' if every_size else 'where it is worst'}\n{cli.table(rows)}"
 
 

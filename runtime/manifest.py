@@ -119,7 +119,8 @@ class Manifest:
     """A bundle's manifest, checked on reading; `folder` and `sha256` are of its own file.
 
     `graphs` are fp32; `variants` holds, per precision, the graphs that have a form of their own in
-    it; `plans` are TensorRT plans by file name.
+    it; `for_cpu` the fp32 graphs that have another form for processors (`export/chunk.py`);
+    `plans` are TensorRT plans by file name.
     """
 
     model: ModelConfig
@@ -130,6 +131,7 @@ class Manifest:
     trajectory: dict[str, Any]
     graphs: dict[str, GraphSpec]
     variants: dict[str, dict[str, GraphSpec]] = field(default_factory=dict)
+    for_cpu: dict[str, GraphSpec] = field(default_factory=dict)
     plans: dict[str, PlanSpec] = field(default_factory=dict)
     folder: Path = Path()
     sha256: str = ""
@@ -147,6 +149,11 @@ class Manifest:
                 f"{REBUILD}"
             )
         return self.variants.get(precision, {}).get(name, self.graphs[name])
+
+    def forms(self) -> list[tuple[str, GraphSpec]]:
+        """Every ONNX graph of the bundle, in every form, with its name."""
+        groups = (self.graphs, self.for_cpu, *self.variants.values())
+        return [pair for own in groups for pair in own.items()]
 
     def check_precision(self, precision: str) -> None:
         """Raise UsageError where the bundle has no graph in `precision`."""
@@ -238,6 +245,7 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
                 precision: {name: _graph(spec) for name, spec in own.items()}
                 for precision, own in content["variants"].items()
             },
+            {name: _graph(spec) for name, spec in content["for_cpu"].items()},
             {file: _plan(spec) for file, spec in content["plans"].items()},
             folder,
             found,
@@ -247,7 +255,7 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
             raise
         reason = f"{type(error).__name__}: {error}"
         raise ArtefactError(f"{path}: not a manifest ({reason}). {REBUILD}") from None
-    files = [spec.file for own in (graphs, *manifest.variants.values()) for spec in own.values()]
+    files = [spec.file for _, spec in manifest.forms()]
     for file in (*files, *(plan.file for plan in manifest.plans.values())):
         if Path(file).name != file:
             raise ArtefactError(f"{path}: a file lies at {file!r}, outside the bundle")

@@ -86,6 +86,8 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
         )
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
+    if options.provider == "cpu" and spec.precision == "fp32":
+        spec = manifest.for_cpu.get(graph, spec)
     plan = manifest.plan(graph, options.precision)
     profiles = plan.profiles if plan else ()
     ranges = profile_options(options.provider, spec, profiles)

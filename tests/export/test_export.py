@@ -78,8 +78,8 @@ def test_sums_over_tiles_add_up(models: checkpoint.Models) -> None:
 def test_the_bundle_is_whole_and_measured(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
     assert manifest.graphs.keys() == NAMES
-    for name, spec in manifest.graphs.items():
-        model = onnx.load_from_string(manifest.file_bytes(manifest.graph(name)))
+    for _, spec in manifest.forms():
+        model = onnx.load_from_string(manifest.file_bytes(spec))
         assert model.opset_import[0].version >= 20
         assert not any(t.external_data for t in model.graph.initializer)
         for wanted, value in zip(spec.inputs, model.graph.input, strict=True):
@@ -121,12 +121,9 @@ def test_a_wrong_rewrite_is_caught_by_the_trajectory(
         verify.trajectory_parity(other, read_manifest(tiny_bundle))
 
 
-def test_a_baked_in_size_stops_the_export(models: checkpoint.Models, tmp_path: Path) -> None:
+def test_a_baked_in_size_stops_the_export(models: checkpoint.Models) -> None:
     source = next(s for s in to_onnx.sources(models) if s.name == "r2id_position")
-
-    path = tmp_path / "graph.onnx"
-    to_onnx.onnx_from_source(source, path)
-    model = onnx.load(path)
+    model = to_onnx.onnx_from_source(source)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 7
     with pytest.raises(ArtefactError, match=r"has 7 where 'width' is expected: .* baked"):
         to_onnx.name_axes(model, source)
@@ -150,4 +147,4 @@ def test_an_export_into_a_file_is_refused(
     (tmp_path / "file").write_text("")
     args = ("--checkpoint", tiny_bundle / "tiny.safetensors", "--out", tmp_path / "file")
     done = command("export", *args)
-    assert done.returncode == 5 and "Choose another --out" in done.stderr
+    assert done.returncode == 5 and "cannot be written" in done.stderr

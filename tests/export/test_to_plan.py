@@ -121,7 +121,7 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
         (("--target", "sm75,sm89"), 2, r"is fp32, which TensorRT for RTX cannot do on sm75"),
         (("--target", "sm90"), 2, "sm90: no target of tensorrt_rtx"),
         (("--graphs", "r2id,unet"), 2, "--graphs unet"),
-        (("--precision", "fp16"), 2, "no graphs in it"),
+        (("--precision", "fp16"), 2, "no graphs in fp16"),
         (("--latent", "8x8..4x4"), 2, "smaller size first"),
         (("--batch", "8..1"), 2, "no range"),
         (("--aspect", "1:2"), 2, "no aspect"),

@@ -67,9 +67,9 @@ def test_usage_errors(
 
 def test_bad_artefacts_have_exit_code_3(own_bundle: Path, command: Command, tmp_path: Path) -> None:
     assert generate(command, tmp_path / "nothing")[0] == 3
-    (own_bundle / "r2ir_decode.onnx").write_bytes(b"damaged")
+    (own_bundle / "r2ir_decode.cpu.onnx").write_bytes(b"damaged")
     code, line = generate(command, own_bundle, "--out", "old.png")
-    assert code == 3 and "r2ir_decode.onnx" in line and not (tmp_path / "old.png").exists()
+    assert code == 3 and "r2ir_decode.cpu.onnx" in line and not (tmp_path / "old.png").exists()
     for metadata in ({}, {"request": 7}, {"request": {"label": 3}}):
         save_png(tmp_path / "plain.png", np.zeros((2, 2, 1), np.uint8), metadata)
         code, line = generate(command, own_bundle, "--from-png", "plain.png")

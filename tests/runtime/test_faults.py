@@ -141,9 +141,9 @@ def test_a_file_cut_anywhere_is_no_graph() -> None:
 
 def test_a_bundle_with_outside_weights_ends_with_3(own_bundle: Path, command: Command) -> None:
     data = model(field(5, tensor("../../secret")))
-    (own_bundle / "r2id.onnx").write_bytes(data)
+    (own_bundle / "r2id.cpu.onnx").write_bytes(data)
     content = json.loads((own_bundle / "manifest.json").read_text())
-    content["graphs"]["r2id"]["sha256"] = sha256(data)
+    content["for_cpu"]["r2id"]["sha256"] = sha256(data)
     (own_bundle / "manifest.json").write_text(json.dumps(content))
     done = command("runtime.generate", "--engine", own_bundle, "--steps", 1)
     assert done.returncode == 3 and "'location' = '../../secret'" in done.stderr
@@ -152,7 +152,7 @@ def test_a_bundle_with_outside_weights_ends_with_3(own_bundle: Path, command: Co
 
 def test_every_graph_of_a_bundle_holds_its_weights(tiny_bundle: Path) -> None:
     manifest = read_manifest(tiny_bundle)
-    for spec in manifest.graphs.values():
+    for _, spec in manifest.forms():
         check_self_contained(manifest.file_bytes(spec), spec.file)
 
 

@@ -132,7 +132,7 @@ def rewrite(bundle: Path, change: dict[str, object]) -> None:
 
 
 def test_altered_missing_and_foreign_graphs_are_refused(own_bundle: Path) -> None:
-    graph = own_bundle / "r2id.onnx"
+    graph = own_bundle / "r2id.cpu.onnx"
     whole = graph.read_bytes()
     for data in (whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:], b""):
         graph.write_bytes(data)
@@ -147,10 +147,10 @@ def test_altered_missing_and_foreign_graphs_are_refused(own_bundle: Path) -> Non
 
 
 def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None:
-    (own_bundle / "r2id.onnx").write_bytes(b"not a graph")
-    graphs = json.loads((own_bundle / "manifest.json").read_text())["graphs"]
+    (own_bundle / "r2id.cpu.onnx").write_bytes(b"not a graph")
+    graphs = json.loads((own_bundle / "manifest.json").read_text())["for_cpu"]
     graphs["r2id"]["sha256"] = sha256(b"not a graph")
-    rewrite(own_bundle, {"graphs": graphs})
+    rewrite(own_bundle, {"for_cpu": graphs})
     with pytest.raises(ArtefactError, match="is no ONNX graph"):
         open_bundle(own_bundle).engine("r2id")
 
