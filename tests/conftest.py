@@ -41,7 +41,7 @@ def command(tmp_path: Path) -> Command:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,  # for a machine that is busy with other things
             **options,  # type: ignore[call-overload]
         )
 
