@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]
 Step = Callable[[], Array]
+Interface = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 ALPHA_BAR = 0.3
 LABEL = 7
@@ -114,16 +115,15 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
     assert chunked is not None  # the step graph has FFNs
     published, published_inputs = PublishedR2ID(models), plain_inputs(models, (5, 7))
     graphs = {
-        "published": (export_published(published, published_inputs), interface(published_inputs)),
-        "r2id": (ours, source.inputs),
-        "r2id.cpu": (chunked, source.inputs),
-        "gemm": (gemm_graph(models), (TensorSpec("x", "float32", (1, "rows", width(models))),)),
+        "published": (export_published(published, published_inputs), *interface(published_inputs)),
+        "r2id": (ours, source.inputs, source.outputs),
+        "r2id.cpu": (chunked, source.inputs, source.outputs),
+        "gemm": (gemm_graph(models), *gemm_interface(models)),
     }
     specs = {}
-    for name, (model, inputs) in graphs.items():
+    for name, (model, inputs, outputs) in graphs.items():
         onnx.save_model(model, folder / f"{name}.onnx")
         digest = sha256((folder / f"{name}.onnx").read_bytes())
-        outputs = (TensorSpec(model.graph.output[0].name, "float32", ()),)
         specs[name] = GraphSpec(f"{name}.onnx", digest, "fp32", inputs, outputs, {})
     flops: dict[str, dict[Size, int]] = {"published": {}, "r2id": {}, "r2id.cpu": {}, "gemm": {}}
     modules = {"published": published, "r2id": source.module}
@@ -143,12 +143,18 @@ def width(models: "Models") -> int:
     return models.config.r2id.width
 
 
-def interface(inputs: "dict[str, Tensor]") -> tuple[TensorSpec, ...]:
-    """The published graph's inputs, height and width dynamic."""
+def gemm_interface(models: "Models") -> Interface:
+    axes = (1, "rows", width(models))
+    return (TensorSpec("x", "float32", axes),), (TensorSpec("y", "float32", axes),)
+
+
+def interface(inputs: "dict[str, Tensor]") -> Interface:
+    """The published graph's inputs and outputs, height and width dynamic."""
     axes: dict[str, tuple[str | int, ...]] = {key: tuple(t.shape) for key, t in inputs.items()}
     axes["latent"] = (*axes["latent"][:2], "height", "width")
     axes["coordinates"] = ("height", "width", 4)
-    return tuple(TensorSpec(key, "float32", own) for key, own in axes.items())
+    eps = TensorSpec("eps", "float32", (len(inputs["labels"]), *axes["latent"][1:]))
+    return tuple(TensorSpec(key, "float32", own) for key, own in axes.items()), (eps,)
 
 
 def export_published(module: Any, inputs: "dict[str, Tensor]") -> Any:
@@ -165,6 +171,7 @@ def export_published(module: Any, inputs: "dict[str, Tensor]") -> Any:
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
+            output_names=["eps"],
             dynamic_shapes=({2: dynamic, 3: dynamic}, {0: dynamic, 1: dynamic}, {}, {}),
             verbose=False,
         )

@@ -81,7 +81,8 @@ def rows_of(prepared: Prepared, runs: Runs) -> list[Row]:
 def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
     """A table per size, then the machine's rates and how evenly time grows with tokens."""
     peers = [peer for peer in PEERS if peer in rows[0].faster]
-    heading = ["", "min s", "median s", "µs/token", "of GEMM", "peak MB", "own MB", "error"]
+    heading: list[object] = ["", "min s", "median s", "µs/token", "of GEMM"]
+    heading += ["peak MB", "own MB", "error"]
     lines = []
     for size in dict.fromkeys((row.height, row.width) for row in rows):
         table: list[list[object]] = [
