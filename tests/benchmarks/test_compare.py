@@ -84,7 +84,7 @@ def test_a_peak_of_memory_stays_and_what_is_resident_goes() -> None:
     block = np.ones(64 << 20, np.uint8)
     held = resident("VmRSS")
     del block
-    assert held - before > 60 << 20 and resident("VmHWM") >= held
+    assert held - before > 60 << 20 and resident("VmHWM") > held - (1 << 20)
     assert resident("VmRSS") < held - (50 << 20)
 
 
