@@ -231,6 +231,12 @@ def read(classifier: Classifier, images: Tensor) -> Tensor:
     return found
 
 
+def accuracy(classifier: Classifier, test: Images) -> float:
+    """Share of the test images that the classifier reads right."""
+    square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
+    return (read(classifier, square) == test.labels).float().mean().item()
+
+
 def draw_scrapes(scrapes: dict[str, dict[str, list[float]]], path: Path) -> None:
     """eps loss over t, a line per condition and size."""
     from matplotlib.figure import Figure
@@ -318,9 +324,7 @@ def evaluate(args: argparse.Namespace) -> None:
     with torch.inference_mode(False), torch.enable_grad():
         train = load_mnist(args.data)
         classifier = trained_classifier(train, args.out / "classifier.safetensors")
-    square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
-    right = (read(classifier, square) == test.labels).float().mean().item()
-    report.take("classifier_accuracy", "test_images", lambda: right)
+    report.take("classifier_accuracy", "test_images", partial(accuracy, classifier, test))
     for size in GENERATION_SIZES:
         share = partial(digits_read, models, classifier, size, args)
         report.take("digits_read_right", name_of(size), share)

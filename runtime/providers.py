@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from runtime.errors import UsageError
+from runtime.profiles import Profile
 
 if TYPE_CHECKING:
     from runtime.manifest import GraphSpec
-
-# Per dynamic axis: (minimum, optimum, maximum).
-Profile = Mapping[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)

@@ -43,5 +43,5 @@ def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: C
     (tmp_path / "out" / "report.json").write_text(json.dumps(report))
     resumed = command("reference.evaluate", *args, *small)
     assert "-1.0000" in resumed.stdout and resumed.stdout.count("read right") == 2
-    tables = [done.stdout.split("images:")[1].splitlines()[1:-1] for done in (again, resumed)]
+    tables = [sorted(d.stdout.split("images:")[1].splitlines()[1:-1]) for d in (again, resumed)]
     assert tables[0] == tables[1]  # graphs and PyTorch draw the same
