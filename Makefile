@@ -18,12 +18,12 @@ help: ## list the commands (what `make` alone does)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[cpu,export,tensorrt-rtx,train,test]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,openvino,export,tensorrt-rtx,train,bench,test]'
 	@touch $@
 
 .venv-runtime/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-runtime
-	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu]' 'pytest>=9' 'hypothesis>=6.140'
+	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu,openvino]' 'pytest>=9' 'hypothesis>=6.140'
 	@touch $@
 
 build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(wildcard export/*.py reference/*.py)
@@ -56,8 +56,8 @@ train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was 
 evaluate: build/mnist/manifest.json ## what a checkpoint is worth: errors, digits read right, pictures
 	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist
 
-bench: .venv/.ready ## the step graph against PyTorch and a plain export, side by side
-	$(BIN)/python -m benchmarks.step
+bench: .venv/.ready ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
+	$(BIN)/python -m benchmarks.compare
 
 lint: .venv/.ready ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff check $(CODE)

@@ -32,6 +32,7 @@ LIBRARIES = {
         ),
         PROVIDERS["cpu"].install,
     ),
+    "openvino": ("openvino", ("openvino",), PROVIDERS["openvino"].install),
     "tensorrt": ("tensorrt", ("tensorrt",), "python -m pip install '.[tensorrt]'"),
     "tensorrt_rtx": ("tensorrt_rtx", ("tensorrt-rtx",), "python -m pip install '.[tensorrt-rtx]'"),
     "cuda-python": ("cuda", ("cuda-python", "cuda-bindings"), "python -m pip install cuda-python"),
@@ -110,7 +111,7 @@ def library(name: str) -> dict[str, Any]:
 
 
 def providers(onnxruntime: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whether ONNX Runtime, as installed, has each provider; it may yet fail to start."""
+    """Whether each provider is here, in ONNX Runtime or by itself; it may yet fail to start."""
     built_in: list[str] = []
     if onnxruntime["installed"]:
         try:
@@ -122,6 +123,7 @@ def providers(onnxruntime: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "available": provider.library in built_in
+            or bool(provider.package and importlib.util.find_spec(provider.package))
             or bool(built_in and provider.plugin and importlib.util.find_spec(provider.plugin)),
             "install": provider.install,
         }

@@ -74,7 +74,7 @@ class Pipeline:
     def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
         self.manifest = manifest
         self.options = options or EngineOptions()
-        manifest.check_precision(self.options.precision)
+        manifest.check_precision(self.options.form)
         self.model = manifest.model
         self._engines: dict[str, Engine] = {}
         self._opening = threading.Lock()
@@ -211,7 +211,7 @@ class Pipeline:
 
         With plans, one profile must cover them all.
         """
-        ranges = self.manifest.graph(graph, self.options.precision).ranges
+        ranges = self.manifest.graph(graph, self.options.form).ranges
         if "height" in ranges:
             (low_h, high_h), (low_w, high_w) = ranges["height"], ranges["width"]
             nearest = (min(max(size[0], low_h), high_h), min(max(size[1], low_w), high_w))
@@ -220,7 +220,7 @@ class Pipeline:
                     f"size {size[0]}x{size[1]} is outside the range of {graph}, {low_h}x{low_w} "
                     f"to {high_h}x{high_w}; the nearest is {nearest[0]}x{nearest[1]}"
                 )
-        plan = self.manifest.plan(graph, self.options.precision) if self.options.plans else None
+        plan = self.manifest.plan(graph, self.options.form) if self.options.plans else None
         if plan is not None:
             asked = {"height": size[0], "width": size[1], **axes}
             choose(plan.file, plan.profiles, {a: asked[a] for a in ranges if a in asked})

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers by the names of `--provider`, and their profile options."""
+"""What runs graphs, by the names of `--provider`, and the options of what builds engines."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,13 +16,16 @@ class Provider:
     """`library` is ONNX Runtime's own name and `install` the command that brings it.
 
     `plugin` is a module that registers the provider with a plain onnxruntime; `profiles` starts
-    the names of its profile options, where it builds engines for ranges of sizes.
+    the names of its profile options, where it builds engines for ranges of sizes. One without
+    `library` is no provider of ONNX Runtime but the library in module `package`, with an engine
+    of its own.
     """
 
     library: str
     install: str
     plugin: str = ""
     profiles: str = ""
+    package: str = ""
 
 
 PROVIDERS = {
@@ -41,7 +44,7 @@ PROVIDERS = {
     ),
     "directml": Provider("DmlExecutionProvider", "python -m pip install onnxruntime-directml"),
     "coreml": Provider("CoreMLExecutionProvider", "python -m pip install '.[cpu]'"),
-    "openvino": Provider("OpenVINOExecutionProvider", "python -m pip install onnxruntime-openvino"),
+    "openvino": Provider("", "python -m pip install '.[openvino]'", package="openvino"),
 }
 
 

@@ -55,7 +55,8 @@ def test_the_runtime_imports_nothing_heavy() -> None:
     probe = (
         "import importlib, sys\n"
         f"for name in {names}: importlib.import_module(name)\n"
-        "heavy = {'torch', 'onnx', 'onnxruntime', 'PIL', 'tensorrt', 'tensorrt_rtx', 'cuda'}\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'PIL', 'tensorrt', 'tensorrt_rtx'}\n"
+        "heavy |= {'cuda'}\n"
         "heavy &= set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

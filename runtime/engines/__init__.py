@@ -14,9 +14,9 @@ from runtime.providers import check_options, profile_options, span
 class EngineOptions:
     """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose.
 
-    `provider_options` go to ONNX Runtime as they are; `precision` chooses among the forms that a
-    bundle has of a graph: fp32, fp16 or bf16; `plans` runs TensorRT plans instead of graphs.
-    Raises UsageError for what cannot be.
+    `provider_options` go to the library as they are; `precision` chooses among the forms that a
+    bundle has of a graph: fp32, fp16 or bf16, but see `form`; `plans` runs TensorRT plans instead
+    of graphs. Raises UsageError for what cannot be.
     """
 
     provider: str = "cpu"
@@ -28,6 +28,12 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_options(self.provider, self.provider_options)
+
+    @property
+    def form(self) -> str:
+        """The precision of the graphs that are opened: OpenVINO makes bf16 of fp32 by itself."""
+        own = self.provider == "openvino" and self.precision == "bf16" and not self.plans
+        return "fp32" if own else self.precision
 
 
 class Engine(Protocol):
@@ -72,8 +78,8 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     Raises UsageError for a precision that the bundle lacks, ArtefactError for a damaged file or a
     plan that is not there, IncompatibleError for a missing library, provider or GPU.
     """
-    spec = manifest.graph(graph, options.precision)
-    plan = manifest.plan(graph, options.precision) if options.plans else None
+    spec = manifest.graph(graph, options.form)
+    plan = manifest.plan(graph, options.form) if options.plans else None
     if plan is not None:
         from runtime.engines.tensorrt import TensorRTEngine
 
@@ -84,11 +90,21 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
             f"{[*manifest.plans]}. Build it with: {TO_PLAN} {manifest.folder} --graphs {graph}, "
             "or pass --allow-fallback to run it on ONNX Runtime"
         )
+    if options.provider == "openvino":
+        from runtime.engines.openvino import OpenVinoEngine
+
+        try:
+            return OpenVinoEngine(graph, spec, manifest.file_bytes(spec), options)
+        except IncompatibleError:
+            if not options.allow_fallback:
+                raise
+            options = replace(options, provider="cpu", provider_options={})
+            return open_engine(manifest, graph, options)
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     if options.provider == "cpu" and spec.precision == "fp32":
         spec = manifest.for_cpu.get(graph, spec)
-    plan = manifest.plan(graph, options.precision)
+    plan = manifest.plan(graph, options.form)
     profiles = plan.profiles if plan else ()
     ranges = profile_options(options.provider, spec, profiles)
     if ranges:  # the provider builds for the plans' sizes and can run no other

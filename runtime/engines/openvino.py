@@ -1,0 +1,186 @@
+"""OpenVINO on the CPU: a bundle's fp32 graphs, their step in bf16 on request.
+
+It runs the plain graphs: its ONNX reader does not know the loop in which ONNX Runtime's form for
+processors has the FFNs, and its own compiler fuses what that loop is for.
+"""
+
+import functools
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from runtime.engines import EngineOptions
+from runtime.engines.onnx_file import check_self_contained
+from runtime.errors import ArtefactError, IncompatibleError, NumericalError
+from runtime.manifest import REBUILD, Array, GraphSpec
+from runtime.memory import memory_error
+from runtime.providers import PROVIDERS
+
+DEVICE = "CPU"
+# The step alone runs in bf16: all others run once per image, position and size, and those of R2IR
+# hold the Fourier features of coordinates, which have no meaning in bf16.
+IN_BF16 = ("r2id",)
+MARK = 0x7FC0DEAD
+OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate", "out of memory")
+
+
+def load_library() -> Any:
+    """Import openvino; raises IncompatibleError with the command that installs it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise IncompatibleError(
+            f"openvino cannot be imported ({error}); expected it for --provider openvino. "
+            f"Install it with: {PROVIDERS['openvino'].install}, or choose --provider cpu or "
+            "--allow-fallback"
+        ) from None
+    return openvino
+
+
+@functools.cache
+def load_core() -> Any:
+    """The process's one device list; raises IncompatibleError where it has no CPU."""
+    library = load_library()
+    core = library.Core()
+    if DEVICE not in core.available_devices:
+        raise IncompatibleError(
+            f"openvino {library.__version__} finds {core.available_devices}; expected {DEVICE}. "
+            "Choose --provider cpu or --allow-fallback"
+        )
+    return core
+
+
+class OpenVinoEngine:
+    """One graph compiled by OpenVINO; every thread has an infer request of its own.
+
+    Raises ArtefactError for a graph that is none or reaches outside its file, IncompatibleError
+    for a missing library, a refused property, or bf16 on a CPU without it.
+    """
+
+    provider = "openvino"
+
+    def __init__(self, name: str, spec: GraphSpec, model: bytes, options: EngineOptions):
+        check_self_contained(model, spec.file)
+        self.spec = spec
+        self.properties = properties(name, options)
+        try:
+            self.graph = load_core().read_model(model)
+            spell_out_broadcasts(self.graph)
+        except Exception as error:  # RuntimeError for everything, from a C++ library
+            raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
+        self.native = self._compile()
+        self._threads = threading.local()
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph on inputs that fit its spec; see `Engine.run`."""
+        sizes = self.spec.check_inputs(inputs)
+        try:
+            request = self._request()
+            for tensor in self.spec.outputs:
+                mark(request.get_tensor(tensor.name).data)
+            found = request.infer(dict(inputs), share_inputs=True)
+            for tensor in self.spec.outputs:
+                array, wanted = found[tensor.name], tensor.shape(sizes)
+                if array.shape != wanted or marked(array):
+                    raise MemoryError(f"openvino left {tensor.name} {wanted} unwritten")
+        except Exception as error:
+            # What ran out of memory stays as it was then, for every later request of any size.
+            self.native = self._compile()
+            if _out_of_memory(error):
+                raise memory_error(error, f"{self.spec.file}: ") from None
+            raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
+        return {tensor.name: found[tensor.name] for tensor in self.spec.outputs}
+
+    def _request(self) -> Any:
+        """This thread's request of the graph as it is compiled now."""
+        own = self._threads.__dict__
+        native = self.native
+        if own.get("native") is not native:
+            own.update(native=native, request=native.create_infer_request())
+        return own["request"]
+
+    def _compile(self) -> Any:
+        """The graph compiled; raises ResourceError or IncompatibleError."""
+        try:
+            return load_core().compile_model(self.graph, DEVICE, self.properties)
+        except Exception as error:
+            if _out_of_memory(error):
+                raise memory_error(error, f"{self.spec.file}: ") from None
+            raise IncompatibleError(
+                f"--provider openvino: {self.spec.file}: {_refusal(error)}. Check each "
+                "--provider-option, or choose --provider cpu or --allow-fallback"
+            ) from None
+
+
+def mark(array: Array) -> None:
+    """Write a NaN that no arithmetic makes to an output's first place.
+
+    With one thread, OpenVINO 2026.4 drops the error of an allocation that fails within a run and
+    gives the results of the run before it; such an output still bears the mark.
+    """
+    array.reshape(-1)[:1].view(np.uint32)[:] = MARK
+
+
+def marked(array: Array) -> bool:
+    return bool((array.reshape(-1)[:1].view(np.uint32) == MARK).any())
+
+
+def properties(name: str, options: EngineOptions) -> dict[str, Any]:
+    """OpenVINO's properties for a graph: one request at a time is fast; the user's own on top.
+
+    The precision is always said: left alone, OpenVINO takes bf16 where the CPU has it. Raises
+    IncompatibleError for bf16 where it has not.
+    """
+    half = options.precision == "bf16" and name in IN_BF16
+    able = load_core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    if half and "BF16" not in able:
+        raise IncompatibleError(
+            f"--precision bf16: this CPU has {', '.join(able)} in OpenVINO; expected BF16 "
+            "(AVX-512 BF16 or AMX). Choose --precision fp32"
+        )
+    chosen = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+    }
+    if options.threads:
+        chosen["INFERENCE_NUM_THREADS"] = str(options.threads)
+    return chosen | dict(options.provider_options)
+
+
+def spell_out_broadcasts(model: Any) -> None:
+    """Give products of tokens `[1, n, d]` and constant weights `[a, d, e]` a fourth axis.
+
+    As they stand, OpenVINO 2026.4 turns them into a layer that has no broadcast over `a`: it
+    refuses the shape, or writes past its output. With a leading axis of 1 they stay products.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        tokens, weights = node.input_values()
+        constant = weights.get_node().get_type_name() == "Constant"
+        ranks = [port.get_partial_shape().rank for port in (tokens, weights)]
+        if not constant or any(rank.is_dynamic or rank.get_length() != 3 for rank in ranks):
+            continue
+        attributes = node.get_attributes()
+        flips = attributes["transpose_a"], attributes["transpose_b"]
+        product = opset13.matmul(opset13.unsqueeze(tokens, [0]), weights, *flips)
+        node.output(0).replace(opset13.squeeze(product, [0]).output(0))
+
+
+def _refusal(error: Exception) -> str:
+    return f"openvino {load_library().__version__} refuses it ({_reason(error)})"
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something: the lines before it are places in OpenVINO's source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith("Exception from")]
+    return said[-1] if said else type(error).__name__
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(t in str(error).lower() for t in OUT_OF_MEMORY)

@@ -1,0 +1,233 @@
+"""OpenVINO as an engine: the same pictures as ONNX Runtime, the same errors."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import open_bundle
+from runtime.engines import EngineOptions, open_engine
+from runtime.engines.openvino import IN_BF16, OpenVinoEngine, load_core
+from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
+from runtime.files import sha256
+from runtime.images import read_metadata
+from runtime.manifest import Array, Manifest, read_manifest, relative_error
+from runtime.pipeline import Pipeline
+from tests.conftest import ROOT, Command
+from tests.runtime.test_faults import LINUX, field, model, spec_of, tensor
+
+INSTALL = "python -m pip install '.[openvino]'"
+NEEDED = pytest.mark.skipif(not find_spec("openvino"), reason=f"no openvino: {INSTALL}")
+SIZES = (
+    {"batch": 1, "conditions": 1, "height": 1, "width": 1, "steps": 1},
+    {"batch": 2, "conditions": 3, "height": 5, "width": 7, "steps": 4},
+    {"batch": 1, "conditions": 2, "height": 33, "width": 40, "steps": 51},
+)
+
+
+def options(**given: object) -> EngineOptions:
+    return EngineOptions("openvino", threads=1, **given)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_bundle: Path) -> Manifest:
+    return read_manifest(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: Path) -> Pipeline:
+    return open_bundle(tiny_bundle, options())
+
+
+def inputs(manifest: Manifest, graph: str, sizes: dict[str, int]) -> dict[str, Array]:
+    random = np.random.default_rng(1)
+    shapes = {spec.name: spec.shape(sizes) for spec in manifest.graph(graph).inputs}
+    return {name: random.random(shape, np.float32) for name, shape in shapes.items()}
+
+
+def bf16_here() -> bool:
+    return "BF16" in load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@NEEDED
+def test_every_graph_gives_what_onnx_runtime_gives(manifest: Manifest) -> None:
+    for graph in manifest.graphs:
+        own = open_engine(manifest, graph, options())
+        other = open_engine(manifest, graph, EngineOptions(threads=1))
+        assert own.provider == "openvino"
+        for sizes in SIZES:
+            feed = inputs(manifest, graph, sizes)
+            wanted, found = other.run(feed), own.run(feed)
+            assert found.keys() == wanted.keys()
+            for name, array in wanted.items():
+                assert relative_error(found[name], array) < 1e-4, (graph, name, sizes)
+
+
+@NEEDED
+def test_pictures_are_those_of_onnx_runtime(pipeline: Pipeline, tiny_bundle: Path) -> None:
+    wanted = open_bundle(tiny_bundle).generate([1, None], latent=(5, 7), steps=5, eta=0.5)
+    found = pipeline.generate([1, None], latent=(5, 7), steps=5, eta=0.5)
+    assert pipeline.provider == "openvino"
+    assert relative_error(found.images, wanted.images) < 1e-4
+    pixels = wanted.images
+    resampled = open_bundle(tiny_bundle).resample(pixels, (9, 31))
+    assert relative_error(pipeline.resample(pixels, (9, 31)), resampled) < 1e-4
+
+
+@NEEDED
+def test_only_the_step_runs_in_bf16_and_needs_no_graph_of_its_own(manifest: Manifest) -> None:
+    if not bf16_here():
+        with pytest.raises(IncompatibleError, match=r"expected BF16.*--precision fp32"):
+            open_engine(manifest, "r2id", options(precision="bf16"))
+        return
+    assert "bf16" not in manifest.variants
+    half = Pipeline(manifest, options(precision="bf16"))
+    for graph in manifest.graphs:
+        engine = half.engine(graph)
+        assert isinstance(engine, OpenVinoEngine)
+        precision = engine.native.get_property("INFERENCE_PRECISION_HINT").to_string()
+        assert precision == ("bf16" if graph in IN_BF16 else "f32"), graph
+    feed = inputs(manifest, "r2id", SIZES[1])
+    wanted = open_engine(manifest, "r2id", EngineOptions()).run(feed)["eps"]
+    assert 1e-4 < relative_error(half.engine("r2id").run(feed)["eps"], wanted) < 0.05
+    with pytest.raises(UsageError, match="no graphs in fp16"):
+        Pipeline(manifest, options(precision="fp16"))
+
+
+@NEEDED
+def test_eight_threads_draw_what_one_draws(pipeline: Pipeline) -> None:
+    def draw(index: int) -> bytes:
+        made = pipeline.generate([index], latent=(4, 3 + index), steps=3, first_index=index)
+        return made.images.tobytes()
+
+    serial = [draw(index) for index in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(draw, range(8))) == serial
+
+
+@NEEDED
+def test_results_are_the_callers_own(pipeline: Pipeline) -> None:
+    engine = pipeline.engine("r2id_film")
+    first = engine.run({"alpha_bar": np.array([0.2], np.float32)})["film"]
+    kept = first.copy()
+    engine.run({"alpha_bar": np.array([0.9], np.float32)})
+    np.testing.assert_array_equal(first, kept)
+
+
+@NEEDED
+def test_provider_options_are_openvino_s_properties(manifest: Manifest) -> None:
+    own = options(provider_options={"INFERENCE_NUM_THREADS": "2", "PERF_COUNT": "YES"})
+    engine = open_engine(manifest, "r2id_film", own)
+    assert isinstance(engine, OpenVinoEngine)
+    assert engine.native.get_property("PERF_COUNT") == "YES"
+    assert engine.native.get_property("INFERENCE_NUM_THREADS") == 2
+    for key, value, words in (("NO_SUCH", "1", "NO_SUCH"), ("NUM_STREAMS", "many", "many")):
+        wrong, words = {key: value}, rf"refuses it .*{words}.*Check each --provider-option"
+        with pytest.raises(IncompatibleError, match=words) as caught:
+            open_engine(manifest, "r2id_film", options(provider_options=wrong))
+        assert "\n" not in str(caught.value) and "src/" not in str(caught.value)
+        own = options(provider_options=wrong, allow_fallback=True)
+        assert open_engine(manifest, "r2id_film", own).provider == "cpu"
+
+
+@NEEDED
+def test_graphs_that_are_damaged_or_none_are_refused(own_bundle: Path) -> None:
+    path = own_bundle / "r2id.onnx"
+    content = json.loads((own_bundle / "manifest.json").read_text())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtefactError, match=r"SHA-256 .* the manifest expects"):
+        open_bundle(own_bundle, options()).engine("r2id")
+    nonsense = model(field(5, tensor(None))).replace(b"Add", b"Odd")
+    outside = model(field(5, tensor("../secret")))
+    for data, words in ((nonsense, "refuses it .*make export"), (outside, "outside the file")):
+        path.write_bytes(data)
+        content["graphs"]["r2id"]["sha256"] = sha256(data)
+        (own_bundle / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ArtefactError, match=words) as caught:
+            open_bundle(own_bundle, options()).engine("r2id")
+        assert "\n" not in str(caught.value)
+
+
+@NEEDED
+def test_a_wrong_input_is_named_before_any_native_call(pipeline: Pipeline) -> None:
+    with pytest.raises(UsageError, match="alpha_bar is missing"):
+        pipeline.engine("r2id_film").run({})
+
+
+@NEEDED
+def test_a_run_that_fails_says_why_and_the_next_one_works() -> None:
+    data = model(field(5, tensor(None)))
+    engine = OpenVinoEngine("sum", spec_of(data), data, options())
+    good = {"x": np.ones(4, np.float32)}
+    object.__setattr__(engine.spec.inputs[0], "axes", (5,))  # so that the library meets it
+    with pytest.raises(NumericalError, match=r"sum\.onnx: .*shape"):
+        engine.run({"x": np.ones(5, np.float32)})
+    object.__setattr__(engine.spec.inputs[0], "axes", (4,))
+    np.testing.assert_array_equal(engine.run(good)["y"], np.arange(1, 5, dtype=np.float32))
+
+
+OUT_OF_MEMORY = """
+import sys
+import numpy as np
+from runtime import open_bundle
+from runtime.coordinates import grid
+from runtime.engines import EngineOptions
+from runtime.errors import ResourceError
+from tests.runtime.test_faults import limit_memory
+
+pipeline = open_bundle(sys.argv[1], EngineOptions("openvino", threads=int(sys.argv[2])))
+small = lambda: pipeline.generate([1], latent=(4, 4), steps=2).images.tobytes()
+before = small()
+side = 1500
+coordinates, pixels = grid(side, side), np.zeros((1, 1, side, side), np.float32)
+pipeline.encode(pixels[:, :, :8, :8], (2, 2))
+limit_memory(300 << 20)
+# The second gives outputs of the size of the run before it, whatever the size of its inputs.
+for graph, large in ("r2id_position", {}), ("r2ir_image_summary", {"pixels": pixels}):
+    try:
+        pipeline.engine(graph).run({"coordinates": coordinates, **large})
+        sys.exit(f"{graph} was met")
+    except ResourceError as error:
+        print(error)
+    assert small() == before
+"""
+
+
+@LINUX
+@NEEDED
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_smaller_request_works_after_memory_ran_out(threads: int, tiny_bundle: Path) -> None:
+    line = [sys.executable, "-c", OUT_OF_MEMORY, str(tiny_bundle), str(threads)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for said, graph in zip(done.stdout.splitlines(), ("position", "summary"), strict=True):
+        assert f"{graph}.onnx: out of memory" in said and "--latent" in said
+
+
+def test_without_openvino_the_command_that_installs_it_is_named(
+    tiny_bundle: Path, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "openvino.py").write_text("raise ImportError('not installed')")
+    base = ("--engine", tiny_bundle, "--provider", "openvino", "--steps", 1, "--label", 1)
+    done = command("runtime.generate", *base)
+    assert done.returncode == 4 and INSTALL in done.stderr and "Traceback" not in done.stderr
+    done = command("runtime.generate", *base, "--allow-fallback")
+    assert done.returncode == 0, done.stderr
+    assert read_metadata(tmp_path / "out.png")["provider"] == "cpu"
+
+
+@NEEDED
+def test_a_picture_names_its_provider_and_is_drawn_again(
+    tiny_bundle: Path, command: Command, tmp_path: Path
+) -> None:
+    base = ("--engine", tiny_bundle, "--provider", "openvino", "--threads", 1)
+    assert command("runtime.generate", *base, "--steps", 2, "--label", "0-1").returncode == 0
+    assert read_metadata(tmp_path / "out.png")["provider"] == "openvino"
+    again = ("--from-png", "out.png", "--out", "again.png")
+    assert command("runtime.generate", *base, *again).returncode == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out.png").read_bytes()
