@@ -3,6 +3,7 @@
 Letters: B images, K conditions, C latent channels, c colours, H × W latent, h × w pixels.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from runtime.coordinates import grid
 from runtime.engines import Engine, EngineOptions, check_engine_kind, open_engine
 from runtime.errors import UsageError
 from runtime.manifest import Array, Manifest, find_bundle, read_manifest
-from runtime.noise import LARGEST_SEED, NoiseStreams
+from runtime.noise import COHERENT, KINDS, LARGEST_SEED, NoiseStreams, refine
 
 Size = tuple[int, int]
 # One image's condition: a label's number, several with weights, or None for no condition.
@@ -27,6 +28,7 @@ GENERATING = (
     *("r2id_condition", "r2id_film", "r2id_position", "r2id"),
     *("r2ir_latent_summary", "r2ir_decode"),
 )
+ENCODING = ("r2ir_image_summary", "r2ir_encode")
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,11 @@ class Pipeline:
                 self._engines[graph] = open_engine(self.manifest, graph, self.options)
             return self._engines[graph]
 
-    def noise(self, seed: int, indices: Sequence[int], latent: Size) -> NoiseStreams:
-        """The noise streams of images `indices` at a latent size."""
-        return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent))
+    def noise(
+        self, seed: int, indices: Sequence[int], latent: Size, kind: str = COHERENT
+    ) -> NoiseStreams:
+        """The noise of images `indices` at a latent size; `kind` as in `runtime.noise`."""
+        return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent), kind)
 
     def image_size(self, latent: Size) -> Size:
         """The image size that a latent of this size was trained to decode to."""
@@ -92,27 +96,91 @@ class Pipeline:
         seed: int = 0,
         first_index: int = 0,
         on_step: Callable[[int], object] | None = None,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
     ) -> Generated:
         """Draw one image per entry of `labels` as one batch.
 
-        Image i has the noise of (seed, first_index + i). `image` defaults to the training ratio
-        of `latent`. guidance_scale 1 runs the condition alone, 0 the null condition alone.
-        Raises UsageError before any engine is opened, NumericalError naming the step.
+        Image i has the noise of (seed, first_index + i), of the kind `noise`. `image` defaults to
+        the training ratio of the latent. guidance_scale 1 runs the condition alone, 0 the null
+        condition alone. With `continue_at` the steps from `continue_from` on (default: half of
+        them) run at that larger latent. Raises UsageError before any engine is opened,
+        NumericalError naming the step.
         """
         latent = latent or self.model.default_latent
-        image = image or self.image_size(latent)
-        self.check_request(labels, latent, image, steps, guidance_scale, eta, seed)
-        for graph in GENERATING:  # a damaged file shows before any work, not after it
-            self.engine(graph)
+        image = image or self.image_size(continue_at or latent)
+        sizes = (continue_at, continue_from)
+        self.check_request(labels, latent, image, steps, guidance_scale, eta, seed, noise, *sizes)
+        stop = self.continuation(latent, steps, continue_at, continue_from)
         indices = range(first_index, first_index + len(labels))
-        conditions, weights = self.branches(labels, guidance_scale)
-        noise = self.noise(seed, indices, latent)
-        denoise = self.denoiser(conditions, latent, steps)
-        result = ddim.sample(
-            denoise, noise.draw(), steps, weights, eta, lambda step: noise.draw(), on_step
-        )
-        x: NDArray[np.float32] = result.x
+        streams = self.noise(seed, indices, latent, noise)
+        for graph in GENERATING + (ENCODING if continue_at else ()):
+            self.engine(graph)  # a damaged file shows before any work, not after it
+        guided = self.branches(labels, guidance_scale)
+        part = self._run(streams.draw(), streams, guided, steps, eta, on_step, (0, stop))
+        if continue_at is not None:
+            streams = self.noise(seed, indices, continue_at, noise)
+            start = self.enlarge(part, stop, steps, streams.draw())
+            part = self._run(start, streams, guided, steps, eta, on_step, (stop, steps))
+        x: NDArray[np.float32] = part.x
         return Generated(self.decode(x, image), x)
+
+    def _run(
+        self,
+        x: Array,
+        streams: NoiseStreams,
+        guided: tuple[Array, list[NDArray[np.float32]]],
+        steps: int,
+        eta: float,
+        on_step: Callable[[int], object] | None,
+        part: tuple[int, int],
+    ) -> ddim.Sample:
+        """The steps `part` (first, last) at the size of `x`, conditions and weights `guided`."""
+        denoise = self.denoiser(guided[0], x.shape[2:], steps)
+
+        def fresh(step: int) -> Array:
+            return streams.draw(step + 1)
+
+        return ddim.sample(denoise, x, steps, guided[1], eta, fresh, on_step, *part)
+
+    def enlarge(self, part: ddim.Sample, step: int, steps: int, noise: Array) -> Array:
+        """x of `step` at the larger size of `noise` `[B, C, H, W]`, from a sample at that step.
+
+        x = sqrt(a) · x0 + sqrt(1 - a) · eps there as here: R2IR enlarges the estimate of x0, and
+        the estimate of eps becomes the coarse part of `noise`, so that the variance stays 1 - a.
+        """
+        height, width = noise.shape[2:]
+        a = float(schedule.sampling_alpha_bar(steps)[step])
+        x0 = self.encode(self.decode(part.x0, self.image_size((height, width))), (height, width))
+        eps = refine(ddim.predict_eps(part.x, part.x0, a), noise)
+        x: Array = (math.sqrt(a) * x0 + math.sqrt(1 - a) * eps).astype(np.float32)
+        return x
+
+    def continuation(
+        self, latent: Size, steps: int, continue_at: Size | None, continue_from: int | None
+    ) -> int:
+        """The step from which `continue_at` is the latent's size, `steps` where it never is.
+
+        Raises UsageError where steps at `latent` cannot go on at `continue_at`.
+        """
+        if continue_at is None:
+            if continue_from is not None:
+                raise UsageError("continue_from is given alone; expected continue_at with it")
+            return steps
+        self.check_size("r2id", continue_at)
+        (height, width), (larger, wider) = latent, continue_at
+        if larger <= height or larger * width != wider * height:
+            raise UsageError(
+                f"continue_at is {larger}x{wider}; expected a larger size of the aspect of the "
+                f"latent {height}x{width}, as {2 * height}x{2 * width}"
+            )
+        stop = steps // 2 if continue_from is None else continue_from
+        if not 0 < stop < steps:
+            raise UsageError(
+                f"continue_from is {stop} of {steps} steps; expected some before and some after it"
+            )
+        return stop
 
     def check_request(
         self,
@@ -123,6 +191,9 @@ class Pipeline:
         guidance_scale: float,
         eta: float,
         seed: int,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
     ) -> None:
         """Raise UsageError for a request that the bundle cannot meet."""
         self.check_size("r2id", latent)
@@ -136,6 +207,9 @@ class Pipeline:
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; expected {low} to {high}")
+        if noise not in KINDS:
+            raise UsageError(f"noise is {noise!r}; expected {' or '.join(KINDS)}")
+        self.continuation(latent, steps, continue_at, continue_from)
         if not labels:
             raise UsageError("no label is given; expected one per image, None for no condition")
         count = self.model.condition.labels
