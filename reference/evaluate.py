@@ -1,12 +1,15 @@
 """Measure and draw a checkpoint: python -m reference.evaluate --data DIR --out build/evaluation.
 
 Writes `report.json` and pictures: reconstruction error per latent size, eps loss over t, sheets
-over sizes and aspect ratios, latent channels, and the share of generated digits that a small
-classifier reads as the label that was asked for.
+over sizes and aspect ratios, latent channels, the share of generated digits that a small
+classifier reads as the label that was asked for, how much alike the digits of one seed are at
+different sizes by either kind of noise, and what it costs to change the latent's size on the way.
 """
 
 import argparse
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from reference.train import canvas
 from runtime import cli, ddim, schedule
 from runtime.files import atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
-from runtime.noise import NoiseStreams
+from runtime.noise import COHERENT, KINDS, NoiseStreams, refine
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 IMAGE_SIDE = 32  # shorter side of every decoded image
@@ -34,6 +37,11 @@ GENERATION_SIZES = (
     *((8, 8), (4, 4), (6, 6), (12, 12), (16, 16)),
     *((9, 6), (6, 9), (16, 9), (9, 16)),
 )
+# The first is what the digits of the others are compared with.
+NOISE_SIZES = ((8, 8), (6, 6), (12, 12), (16, 16), (9, 16))
+NOISE_DIGITS = 100  # at most: enough for a mean over pairs of pictures
+CONTINUED = ((8, 8), (16, 16))
+CONTINUED_FROM = (0, 0.25, 0.5, 0.75, 1)  # shares of the steps at the smaller latent
 SHEET_SIZES = ((4, 4), (8, 8), (16, 16), (9, 6), (6, 9), (16, 9), (9, 16), (24, 24))
 SCRAPE_POINTS = 20
 CLASSIFIER_STEPS = 1500
@@ -145,7 +153,12 @@ def t_scrape(models: Models, test: Images, size: Size, limit: int) -> dict[str, 
 
 
 def generated(
-    models: Models, labels: Tensor, size: Size, args: argparse.Namespace, desc: str
+    models: Models,
+    labels: Tensor,
+    size: Size,
+    args: argparse.Namespace,
+    desc: str,
+    kind: str = COHERENT,
 ) -> tuple[Tensor, Tensor]:
     """One digit per label: images `[B, c, h, w]` of the latent's aspect, latents `[B, C, H, W]`."""
     images, latents = [], []
@@ -155,7 +168,8 @@ def generated(
     with tqdm(total=len(parts) * args.steps, desc=desc, unit="step") as bar:
         for part in parts:
             own = one_hot[part]
-            streams = NoiseStreams(SEED, range(part.start, part.stop), (channels, *size))
+            indices = range(part.start, part.stop)
+            streams = NoiseStreams(SEED, indices, (channels, *size), kind)
             weights = (1 - args.guidance, args.guidance)
             denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), args.steps)
             start = torch.from_numpy(streams.draw())
@@ -167,17 +181,83 @@ def generated(
     return torch.cat(images), torch.cat(latents)
 
 
-def digits_read(
-    models: Models, classifier: Classifier, args: argparse.Namespace
+def digits_by_size(
+    models: Models, args: argparse.Namespace, sizes: tuple[Size, ...], kind: str, count: int
+) -> dict[str, Tensor]:
+    """Images of `count` digits, labels 0 to 9 in turn, per latent size."""
+    labels = torch.arange(count) % 10
+    return {
+        name: generated(models, labels, size, args, f"{kind} {name}", kind)[0]
+        for name, size in ((name_of(size), size) for size in sizes)
+    }
+
+
+def judged(
+    classifier: Classifier, images: Tensor, labels: Tensor, others: Tensor
 ) -> dict[str, float]:
-    """Share of `args.digits` generated digits per latent size that are read as their label."""
-    labels = torch.arange(args.digits) % 10
-    shares = {}
-    for size in GENERATION_SIZES:
-        images, _ = generated(models, labels, size, args, f"digits {name_of(size)}")
-        shares[name_of(size)] = (read(classifier, images) == labels).float().mean().item()
-        tqdm.write(f"  {name_of(size)}: {shares[name_of(size)]:.1%} read right")
-    return shares
+    """The share read as their label; PSNR and correlation of each with the other image's middle.
+
+    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1].
+    """
+    right = (read(classifier, images) == labels).float().mean().item()
+    a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
+    error = F.mse_loss(a, b).item()
+    alike = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
+    return {
+        "read_right": right,
+        "psnr": 10 * math.log10(4 / max(error, 1e-10)),
+        "correlation": alike.mean().item(),
+    }
+
+
+def continued(
+    models: Models, classifier: Classifier, args: argparse.Namespace, count: int
+) -> dict[str, dict[str, float]]:
+    """Digits whose first steps run at a smaller latent, by the step at which the larger goes on.
+
+    Beside what `judged` finds (against the larger latent alone) the seconds per digit.
+    """
+    labels = torch.arange(count) % 10
+    one_hot = F.one_hot(labels, models.config.condition.labels).float()
+    found: dict[str, dict[str, float]] = {}
+    for share in tqdm(CONTINUED_FROM, desc="continued", unit="step"):
+        stop = round(share * args.steps)
+        started, images = time.perf_counter(), []
+        for part in batches(count, CONTINUED[1]):
+            images.append(continued_at(models, one_hot[part], part, stop, args))
+        seconds = (time.perf_counter() - started) / count
+        if not found:
+            whole = torch.cat(images)
+        measures = judged(classifier, torch.cat(images), labels, whole)
+        found[str(stop)] = measures | {"seconds": seconds}
+    return found
+
+
+def continued_at(
+    models: Models, one_hot: Tensor, part: slice, stop: int, args: argparse.Namespace
+) -> Tensor:
+    """Images `[B, c, h, w]`: steps up to `stop` at `CONTINUED[0]`, the rest at `CONTINUED[1]`.
+
+    The same as `Pipeline.generate` with `continue_at`, in PyTorch.
+    """
+    shape, indices = models.config.r2id.latent_channels, range(part.start, part.stop)
+    small, large = (NoiseStreams(SEED, indices, (shape, *size)).draw() for size in CONTINUED)
+    weights, steps = (1 - args.guidance, args.guidance), args.steps
+    denoise = models.denoiser(torch.stack([torch.zeros_like(one_hot), one_hot]), steps)
+    square = canvas(CONTINUED[1], IMAGE_SIDE)
+    x = torch.from_numpy(large)
+    if stop > 0:
+        made = ddim.sample(denoise, torch.from_numpy(small), steps, weights, last=stop)
+        if stop == steps:
+            return models.r2ir.decode(made.x, square)
+        a = float(schedule.sampling_alpha_bar(steps)[stop])
+        eps = torch.from_numpy(refine(ddim.predict_eps(made.x, made.x0, a).numpy(), large))
+        ratio, (height, width) = models.config.pixels_per_latent, CONTINUED[1]
+        pixels = models.r2ir.decode(made.x0, (ratio * height, ratio * width))
+        x0 = models.r2ir.encode(pixels, (height, width))
+        x = x0 * math.sqrt(a) + eps * math.sqrt(1 - a)
+    made = ddim.sample(denoise, x, steps, weights, first=stop)
+    return models.r2ir.decode(made.x, square)
 
 
 def read(classifier: Classifier, images: Tensor) -> Tensor:
@@ -251,15 +331,38 @@ def evaluate(args: argparse.Namespace) -> None:
     square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
     right = read(classifier, square) == test.labels
     report["classifier_accuracy"] = right.float().mean().item()
-    report["digits_read_right"] = digits_read(models, classifier, args)
+    report |= digits(models, classifier, args)
     with atomic_write(args.out / "report.json") as file:
         file.write(json.dumps(report, indent=1).encode() + b"\n")
     print_report(report)
     print(f"report and pictures: {args.out}")
 
 
+def digits(models: Models, classifier: Classifier, args: argparse.Namespace) -> dict[str, Any]:
+    """The report's measures of `args.digits` digits per size, and of fewer in two ways."""
+    drawn = digits_by_size(models, args, GENERATION_SIZES, COHERENT, args.digits)
+    labels = torch.arange(args.digits) % 10
+    shares = {
+        size: (read(classifier, images) == labels).float().mean().item()
+        for size, images in drawn.items()
+    }
+    few = min(args.digits, NOISE_DIGITS)
+    same = {}
+    for kind in KINDS:
+        if kind != COHERENT:
+            drawn = digits_by_size(models, args, NOISE_SIZES, kind, few)
+        compared = {name: drawn[name][:few] for name in map(name_of, NOISE_SIZES)}
+        first = compared[name_of(NOISE_SIZES[0])]
+        same[kind] = {
+            name: judged(classifier, images, labels[:few], first)
+            for name, images in compared.items()
+        }
+    progress = continued(models, classifier, args, few)
+    return {"digits_read_right": shares, "same_picture": same, "continued": progress}
+
+
 def print_report(report: dict[str, Any]) -> None:
-    """The report's two tables."""
+    """The report's tables."""
     print(f"\nR2IR reconstruction, {report['test_images']} test images")
     for size, error in report["reconstruction_mse"].items():
         print(f"  {size:>6}  MSE {error:.4f}")
@@ -269,6 +372,21 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for size, share in report["digits_read_right"].items():
         print(f"  {size:>6}  {share:.1%}")
+    print(f"likeness to the digits of the same seeds at {name_of(NOISE_SIZES[0])}")
+    for kind, sizes in report["same_picture"].items():
+        for size, found in sizes.items():
+            print(f"  {size:>6}  {kind:11}  {likeness(found)}")
+    small, large = (name_of(size) for size in CONTINUED)
+    print(f"steps at {small} before those at {large}, and likeness to {large} alone")
+    for stop, found in report["continued"].items():
+        print(f"  {stop:>6}  {likeness(found)}, {found['seconds']:.3f} s a digit")
+
+
+def likeness(found: dict[str, float]) -> str:
+    return (
+        f"correlation {found['correlation']:.3f}, PSNR {found['psnr']:.1f} dB, "
+        f"{found['read_right']:.1%} read right"
+    )
 
 
 def main() -> None:

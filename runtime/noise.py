@@ -15,9 +15,10 @@ a cell's edges cut are computed, and a finer field never exists.
 
 Exact, up to rounding: unit variance and no correlation at every size, and the covariance of the
 cells of two sizes, their overlap, where edges coincide, are dyadic or lie 2^-10 of the shorter
-side apart: among all sizes of 31 cells or fewer. The last level of Haar functions is split where
-the edge is, not in the middle, which closes the sum; there, two closer edges of two sizes count
-as more alike than they are. This alters no covariance by more than 0.015 up to 64 cells a side.
+side apart: among all square sizes of 31 cells or fewer. The last level of Haar functions is split
+where the edge is, not in the middle, which closes the sum; there, two closer edges of two sizes
+count as more alike than they are. This alters no covariance by more than 0.015 where the shorter
+sides have 64 cells or fewer.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ KINDS = (COHERENT, "independent")
 
 DEPTH = 10  # levels of Haar functions, where the latent's cells are not smaller
 HEAP_BITS = 16  # of a Haar function's 32-bit name; the rest numbers the unit of the axis
-COUNTERS_AT_ONCE = 1 << 16  # bounds memory, and fits a cache
+TILE = 64  # cells a side that are computed at once, which bounds memory and fits a cache
 WORD = 0xFFFFFFFF
 UInt = NDArray[np.uint64]
 
@@ -86,55 +87,52 @@ def spread(coarse: int, fine: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis' cells in Haar functions: names `[n]` uint64, orthonormal weights `[cells, n]`."""
+    """Cells of an axis in Haar functions: names `[n]` uint64, orthonormal weights `[cells, n]`."""
 
     names: UInt
     weights: NDArray[np.float64]
 
-    def cells(self, start: int, stop: int) -> "Axis":
-        """Some of the cells, in the functions that they need."""
-        weights = self.weights[start:stop]
-        used = np.abs(weights).max(0) > 0
-        return Axis(self.names[used], weights[:, used])
-
 
 class Field:
-    """White noise on the plane through the cells of a latent `[C, H, W]`."""
+    """White noise on the plane through the cells of a latent `[C, H, W]`, a tile at a time."""
 
     def __init__(self, shape: tuple[int, int, int]):
-        self.channels, height, width = shape
-        self.columns = haar_axis(width, min(height, width))
-        rows = haar_axis(height, min(height, width))
-        most = max(1, COUNTERS_AT_ONCE // len(self.columns.names))
-        step = max(1, height * most // len(rows.names))
-        self.strips = [rows.cells(top, top + step) for top in range(0, height, step)]
+        self.shape = shape
+        unit = min(shape[1:])
+        self.rows, self.columns = (
+            [
+                haar_axis(count, unit, start, min(start + TILE, count))
+                for start in range(0, count, TILE)
+            ]
+            for count in shape[1:]
+        )
 
     def draw(self, key: tuple[int, int], number: int) -> NDArray[np.float32]:
         """Draw `number` of the field of `key`, two words of 32 bits: `[C, H, W]`."""
-        groups = [
-            np.concatenate([self._strip(rows, key, group, number) for rows in self.strips], 1)
-            for group in range(-(-self.channels // 4))
-        ]
-        return np.concatenate(groups)[: self.channels].astype(np.float32)
-
-    def _strip(
-        self, rows: Axis, key: tuple[int, int], group: int, number: int
-    ) -> NDArray[np.float64]:
-        """Four channels of some rows, `[4, rows, W]`."""
-        counter = (self.columns.names, rows.names[:, None], group, number)
-        normals = normal(philox(counter, key))
-        return rows.weights @ normals @ self.columns.weights.T
+        out = np.empty(self.shape, np.float32)
+        for group in range(0, self.shape[0], 4):
+            for top, rows in enumerate(self.rows):
+                for left, columns in enumerate(self.columns):
+                    counter = (columns.names, rows.names[:, None], group // 4, number)
+                    normals = normal(philox(counter, key))[: self.shape[0] - group]
+                    cells = rows.weights @ normals @ columns.weights.T
+                    height, width = cells.shape[1:]
+                    y, x = slice(top * TILE, top * TILE + height), slice(left * TILE, None)
+                    out[group : group + 4, y, x][..., :width] = cells
+        return out
 
 
-def haar_axis(count: int, unit: int) -> Axis:
-    """`count` cells of size 1 / `unit` around the middle of the unit [0, 1], in Haar functions.
+def haar_axis(count: int, unit: int, start: int, stop: int) -> Axis:
+    """Cells `start` … `stop` - 1 of `count` cells in Haar functions.
+
+    Cells are 1 / `unit` long, and the middle of all of them is that of the unit [0, 1].
 
     Functions are named 2^16 · u + heap, with u the unit of the axis that holds them (modulo
     2^16), heap 0 its constant function and 2^l + p the p-th wavelet of level l. Edges are exact
     fractions. Sides up to 2^15 are exact.
     """
     depth = min(max(DEPTH, (unit - 1).bit_length() + 2), HEAP_BITS - 1)
-    edges = np.arange(count + 1) * 2 + unit - count  # of 2 · unit
+    edges = np.arange(start, stop + 1) * 2 + unit - count  # of 2 · unit
     whole, rest = np.divmod(edges, 2 * unit)
     fraction = rest / (2 * unit)
     names, places, integrals = [], [], []  # of functions up to edges, beside the constant ones
@@ -148,11 +146,13 @@ def haar_axis(count: int, unit: int) -> Axis:
         integrals.append(last * 2.0 ** (-level / 2))
     units = np.arange(whole[0], whole[-1] + 1)
     found, column = np.unique(np.concatenate(names), return_inverse=True)
-    upto = np.zeros((count + 1, len(units) + len(found)))
+    upto = np.zeros((len(edges), len(units) + len(found)))
     upto[:, : len(units)] = np.clip(whole[:, None] + fraction[:, None] - units, 0, 1)
     upto[np.concatenate(places), len(units) + column] = np.concatenate(integrals)
     every = np.concatenate([units << HEAP_BITS, found]) & WORD
-    return Axis(every.astype(np.uint64), np.diff(upto, axis=0) * np.sqrt(unit)).cells(0, count)
+    weights = np.diff(upto, axis=0) * np.sqrt(unit)
+    used = np.abs(weights).max(0) > 0
+    return Axis(every[used].astype(np.uint64), weights[:, used])
 
 
 def philox(counter: Sequence[UInt | int], key: tuple[int, int]) -> tuple[UInt, UInt, UInt, UInt]:

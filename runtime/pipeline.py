@@ -154,8 +154,7 @@ class Pipeline:
         a = float(schedule.sampling_alpha_bar(steps)[step])
         x0 = self.encode(self.decode(part.x0, self.image_size((height, width))), (height, width))
         eps = refine(ddim.predict_eps(part.x, part.x0, a), noise)
-        x: Array = (math.sqrt(a) * x0 + math.sqrt(1 - a) * eps).astype(np.float32)
-        return x
+        return np.asarray(x0 * math.sqrt(a) + eps * math.sqrt(1 - a), np.float32)
 
     def continuation(
         self, latent: Size, steps: int, continue_at: Size | None, continue_from: int | None
@@ -169,6 +168,7 @@ class Pipeline:
                 raise UsageError("continue_from is given alone; expected continue_at with it")
             return steps
         self.check_size("r2id", continue_at)
+        self.check_size("r2ir_decode", self.image_size(continue_at))  # what `enlarge` draws
         (height, width), (larger, wider) = latent, continue_at
         if larger <= height or larger * width != wider * height:
             raise UsageError(

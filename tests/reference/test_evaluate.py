@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reference.evaluate import GENERATION_SIZES, middle, name_of
+from reference.evaluate import GENERATION_SIZES, NOISE_SIZES, middle, name_of
+from runtime.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST
 
@@ -30,6 +31,12 @@ def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: C
     assert report["digits_read_right"].keys() == {name_of(size) for size in GENERATION_SIZES}
     assert all(share < 0.5 for share in report["digits_read_right"].values())
     assert all(error > 0.05 for error in report["reconstruction_mse"].values())
+    same, names = report["same_picture"], [name_of(size) for size in NOISE_SIZES]
+    assert same.keys() == set(KINDS) and all(list(found) == names for found in same.values())
+    assert all(found["8x8"]["correlation"] > 0.999 for found in same.values())
+    assert same["coherent"]["16x16"]["psnr"] != same["independent"]["16x16"]["psnr"]
+    assert report["continued"]["0"]["correlation"] > 0.999 > report["continued"]["1"]["correlation"]
+    assert "likeness" in done.stdout
     assert len(report["eps_mse_over_t"]["8x8"]["label"]) == 20
     for name in ("digits-16x9", "reconstructions", "latent-channels", "eps-over-t"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 10

@@ -27,7 +27,7 @@ def overlaps(fine: int, fine_unit: int, coarse: int, coarse_unit: int) -> Array:
 
 def covariance(fine: tuple[int, int], coarse: tuple[int, int]) -> Array:
     """Of the noise in the cells of two axes: products of the weights that both have."""
-    a, b = haar_axis(*fine), haar_axis(*coarse)
+    a, b = (haar_axis(count, unit, 0, count) for count, unit in (fine, coarse))
     _, in_a, in_b = np.intersect1d(a.names, b.names, return_indices=True)
     product: Array = a.weights[:, in_a] @ b.weights[:, in_b].T
     return product
@@ -53,7 +53,7 @@ def test_philox_gives_the_known_answers_of_its_authors(
 
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_cells_are_of_unit_variance_and_uncorrelated(count: int, unit: int) -> None:
-    axis = haar_axis(count, min(count, unit))
+    axis = haar_axis(count, min(count, unit), 0, count)
     assert len(set(axis.names.tolist())) == len(axis.names)
     np.testing.assert_allclose(axis.weights @ axis.weights.T, np.eye(count), atol=1e-12)
 
@@ -69,7 +69,9 @@ def test_larger_sizes_agree_within_the_stated_bound() -> None:
     for fine, coarse in ((64, 61), (62, 58), (63, 62), (60, 40), (96, 48)):
         error = covariance((fine, fine), (coarse, coarse)) - overlaps(fine, fine, coarse, coarse)
         assert np.abs(error).max() < 0.015
-    assert len(haar_axis(100, 100).names) < 100 * DEPTH  # and no field of 2^10 cells behind it
+    assert (
+        len(haar_axis(100, 100, 0, 100).names) < 100 * DEPTH
+    )  # and no field of 2^10 cells behind it
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -143,12 +145,12 @@ def test_seeds_indices_draws_and_channels_are_independent(kind: str) -> None:
     assert np.abs(correlation).max() < 5.5 / np.sqrt(flat.shape[1])
 
 
-def test_strips_of_a_large_latent_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = NoiseStreams(1, [0], (5, 30, 24)).draw()
-    monkeypatch.setattr("runtime.noise.COUNTERS_AT_ONCE", 1000)
-    strips = NoiseStreams(1, [0], (5, 30, 24))
-    assert strips.field is not None and len(strips.field.strips) > 3
-    np.testing.assert_allclose(strips.draw(), whole, atol=1e-6)
+def test_tiles_of_a_large_latent_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = NoiseStreams(1, [0], (5, 30, 47)).draw()
+    monkeypatch.setattr("runtime.noise.TILE", 9)
+    tiles = NoiseStreams(1, [0], (5, 30, 47))
+    assert tiles.field is not None and len(tiles.field.columns) == 6
+    np.testing.assert_allclose(tiles.draw(), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [((4, 6), (8, 12)), ((8, 8), (12, 12)), ((5, 5), (6, 6))])
