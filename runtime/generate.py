@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
-PREVIEW_SIDE, PREVIEW_STEPS = 8, 10  # at most: the latent's shorter side, and the steps
+PREVIEW_SIDE, PREVIEW_STEPS = 8, 16  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
     "label": None,
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     larger = "HxW of a larger latent, which takes the steps from --continue-from on"
     add("--continue-at", type=cli.size, help=larger)
     add("--continue-from", type=cli.number(1, 10_000, int), help="step number (half the steps)")
-    few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps at a latent of {PREVIEW_SIDE} cells"
+    few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps at a latent {PREVIEW_SIDE} cells high or wide"
     add("--preview", action="store_true", help=few)
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
@@ -159,17 +159,22 @@ def settings(wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def preview(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
-    """The request at a small latent and with few steps; the same pictures, rougher."""
-    full = wanted["continue_at"] or wanted["latent"]
-    scale = min(1.0, PREVIEW_SIDE / min(full))
-    small = (max(1, round(full[0] * scale)), max(1, round(full[1] * scale)))
+    """The request at a small latent and image and with few steps: the same pictures, rougher."""
+    small = shrunk(wanted["continue_at"] or wanted["latent"], PREVIEW_SIDE)
+    image = shrunk(wanted["image"], PREVIEW_SIDE * pipeline.model.pixels_per_latent)
     if wanted["noise"] == "independent" and small != wanted["latent"]:
         raise UsageError(
             f"--preview draws at {small[0]}x{small[1]}, where independent noise makes another "
             "picture; expected --noise coherent"
         )
-    rough = {"latent": small, "image": pipeline.image_size(small), "continue_at": None}
-    return wanted | rough | {"continue_from": None, "steps": min(PREVIEW_STEPS, wanted["steps"])}
+    size = {"latent": small, "image": image, "continue_at": None, "continue_from": None}
+    return wanted | size | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
+
+
+def shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size of the same aspect whose shorter side is at most `side`."""
+    scale = min(1.0, side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def check_bundle(pipeline: "Pipeline", png: Path) -> None:

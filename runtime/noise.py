@@ -116,9 +116,8 @@ class Field:
                     counter = (columns.names, rows.names[:, None], group // 4, number)
                     normals = normal(philox(counter, key))[: self.shape[0] - group]
                     cells = rows.weights @ normals @ columns.weights.T
-                    height, width = cells.shape[1:]
-                    y, x = slice(top * TILE, top * TILE + height), slice(left * TILE, None)
-                    out[group : group + 4, y, x][..., :width] = cells
+                    y, x = (slice(i * TILE, (i + 1) * TILE) for i in (top, left))
+                    out[group : group + 4, y, x] = cells
         return out
 
 

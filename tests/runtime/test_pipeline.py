@@ -14,7 +14,7 @@ from runtime.engines.onnxruntime import PROVIDERS
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.files import sha256
 from runtime.manifest import Manifest, read_manifest
-from runtime.noise import spread
+from runtime.noise import NoiseStreams, spread
 from runtime.pipeline import Label, Pipeline
 
 SINGLE = EngineOptions(threads=1)
@@ -58,6 +58,21 @@ def test_steps_go_on_at_a_larger_latent(pipeline: Pipeline, kind: str) -> None:
         np.testing.assert_array_equal(alone.images[0], made.images[index])
     other = pipeline.generate(labels, **options, continue_at=(6, 9), continue_from=2)
     assert not np.array_equal(other.images, made.images)
+
+
+def test_every_step_has_a_draw_of_its_own(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    draw = NoiseStreams.draw
+
+    def counted(streams: NoiseStreams, number: int = 0) -> np.ndarray:
+        numbers.append(number)
+        return draw(streams, number)
+
+    monkeypatch.setattr(NoiseStreams, "draw", counted)
+    pipeline.generate([1], latent=(2, 2), steps=4, eta=1.0, continue_at=(4, 4), continue_from=2)
+    assert numbers == [0, 1, 2, 0, 3, 4]
 
 
 def test_an_enlarged_sample_has_its_noise_and_its_picture(pipeline: Pipeline) -> None:
