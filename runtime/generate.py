@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
+PREVIEW_SIDE, PREVIEW_STEPS = 8, 16  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
     "label": None,
@@ -26,6 +27,9 @@ DEFAULTS: dict[str, Any] = {
     "eta": 0.0,
     "seed": 0,
     "first_index": 0,
+    "noise": "coherent",
+    "continue_at": None,
+    "continue_from": None,
 }
 TERM = re.compile(r"(\d{1,6})(?:\*(\d*\.?\d+))?")
 
@@ -59,6 +63,13 @@ def parser() -> argparse.ArgumentParser:
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), help="seed of the noise (0)")
     add("--first-index", type=cli.number(0, 1 << 40, int), help="index of the first image (0)")
+    kinds = ("coherent", "independent")
+    add("--noise", choices=kinds, help="coherent: one seed, one picture at any size (coherent)")
+    larger = "HxW of a larger latent, which takes the steps from --continue-from on"
+    add("--continue-at", type=cli.size, help=larger)
+    add("--continue-from", type=cli.number(1, 10_000, int), help="step number (half the steps)")
+    few = f"{PREVIEW_STEPS} steps at a latent {PREVIEW_SIDE} cells high or wide"
+    add("--preview", action="store_true", help=f"first write OUT-preview.png: {few}")
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
     add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
@@ -102,7 +113,11 @@ def made_in(png: Path, metadata: dict[str, Any]) -> str:
 
 
 def _from_json(key: str, value: Any) -> Any:
-    if key in ("latent", "image"):
+    if value is None and key.startswith("continue"):
+        return None
+    if key == "continue_from":
+        return int(value)
+    if key in ("latent", "image", "continue_at"):
         height, width = value
         return int(height), int(width)
     if key == "label":
@@ -140,11 +155,39 @@ def generate(args: argparse.Namespace) -> None:
     each: list[Label] = [label for label in wanted["label"] for _ in range(wanted["count"])]
     if len(each) > MOST_IMAGES:
         raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
-    settings = {k: wanted[k] for k in ("latent", "image", "steps", "eta", "seed")}
-    settings["guidance_scale"] = wanted["guidance"]
-    pipeline.check_request(each, **settings, batch=args.batch)
-    paths = output_paths(args.out, len(each), wanted["first_index"])
-    draw(pipeline, wanted, each, settings, paths, args.batch)
+    runs = [(wanted, args.out)]
+    if args.preview:
+        runs.insert(0, (preview(pipeline, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
+    for own, _ in runs:
+        pipeline.check_request(each, **settings(own), batch=args.batch)
+    paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
+    for (own, _), files in zip(runs, paths, strict=True):
+        draw(pipeline, own, each, files, args.batch)
+
+
+def settings(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The part of a request that all its images share, as `Pipeline.generate` names it."""
+    names = ("latent", "image", "steps", "eta", "seed", "noise", "continue_at", "continue_from")
+    return {name: wanted[name] for name in names} | {"guidance_scale": wanted["guidance"]}
+
+
+def preview(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
+    """The request at a small latent and image and with few steps: the same pictures, rougher."""
+    small = shrunk(wanted["continue_at"] or wanted["latent"], PREVIEW_SIDE)
+    image = shrunk(wanted["image"], PREVIEW_SIDE * pipeline.model.pixels_per_latent)
+    if wanted["noise"] == "independent" and small != wanted["latent"]:
+        raise UsageError(
+            f"--preview draws at {small[0]}x{small[1]}, where independent noise makes another "
+            "picture; expected --noise coherent"
+        )
+    size = {"latent": small, "image": image, "continue_at": None, "continue_from": None}
+    return wanted | size | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
+
+
+def shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size of the same aspect whose shorter side is at most `side`."""
+    scale = min(1.0, side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def check_bundle(pipeline: "Pipeline", png: Path) -> None:
@@ -166,14 +209,16 @@ def resolve(pipeline: "Pipeline", wanted: dict[str, Any]) -> None:
     if wanted["label"] is None:
         wanted["label"] = list(range(pipeline.model.condition.labels))
     wanted["latent"] = wanted["latent"] or pipeline.model.default_latent
-    wanted["image"] = wanted["image"] or pipeline.image_size(wanted["latent"])
+    largest = wanted["continue_at"] or wanted["latent"]
+    wanted["image"] = wanted["image"] or pipeline.image_size(largest)
+    if wanted["continue_at"]:
+        wanted["continue_from"] = wanted["continue_from"] or wanted["steps"] // 2
 
 
 def draw(
     pipeline: "Pipeline",
     wanted: dict[str, Any],
     each: "list[Label]",
-    settings: dict[str, Any],
     paths: list[Path],
     batch: int,
 ) -> None:
@@ -184,13 +229,13 @@ def draw(
     from runtime.images import contact_sheet, save_png, to_uint8
 
     sheet: list[Any] = []
-    total = -(-len(each) // batch) * settings["steps"]
+    total = -(-len(each) // batch) * wanted["steps"]
     with tqdm(total=total, desc="generate", unit="step") as bar:
         for start in range(0, len(each), batch):
             own = each[start : start + batch]
             index = wanted["first_index"] + start
             made = pipeline.generate(
-                own, **settings, first_index=index, on_step=lambda step: bar.update()
+                own, **settings(wanted), first_index=index, on_step=lambda step: bar.update()
             )
             images = to_uint8(made.images)
             if len(paths) < len(each):

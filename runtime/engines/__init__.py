@@ -49,8 +49,12 @@ class SamplingEngine(Engine, Protocol):
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
         on_step: Callable[[int], object] | None = None,
+        first: int = 0,
     ) -> Array:
-        """The last latent `[B, C, H, W]` of a run per update; raises NumericalError."""
+        """The last latent `[B, C, H, W]` of a run per update, the steps from `first` on.
+
+        Raises NumericalError naming the step.
+        """
         ...
 
 

@@ -360,6 +360,7 @@ class TensorRTEngine:
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
         on_step: Callable[[int], object] | None = None,
+        first: int = 0,
     ) -> Array:
         """Run the step graph once per update, its `next` becoming its `latent` on the device.
 
@@ -370,7 +371,7 @@ class TensorRTEngine:
         context.upload(inputs)
         latent = next(s for s in self.spec.inputs if s.name == "latent")
         size = next(s for s in self.spec.outputs if s.name == "size")
-        for step, update in enumerate(updates):
+        for step, update in enumerate(updates, first):
             context.upload(update)
             context.execute()
             context.feed("next", "latent")

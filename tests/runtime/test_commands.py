@@ -39,9 +39,40 @@ def test_single_files_at_any_batch(tiny_bundle: Path, tmp_path: Path, command: C
     assert (tmp_path / "c.png").read_bytes() == (tmp_path / "b-3.png").read_bytes()
 
 
+def test_a_continued_picture_is_repeated_from_its_metadata(
+    tiny_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--label", "1,3", "--latent", "3x2", "--continue-at", "9x6", "--noise", "independent")
+    assert generate(command, tiny_bundle, *args, "--eta", 1, "--out", "a.png")[0] == 0
+    assert Image.open(tmp_path / "a.png").size == (2 * 24 + 2, 36)
+    made = read_metadata(tmp_path / "a.png")["request"]
+    assert (made["noise"], made["continue_at"], made["continue_from"]) == ("independent", [9, 6], 1)
+    assert generate(command, tiny_bundle, "--from-png", "a.png", "--out", "b.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_preview_is_written_first_and_is_a_request_of_its_own(
+    tiny_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--label", "1", "--count", 2, "--latent", "16x24", "--preview")
+    assert generate(command, tiny_bundle, *args, "--out", "a-{index}.png")[0] == 0
+    names = ["a-0-preview.png", "a-0.png", "a-1-preview.png", "a-1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert Image.open(tmp_path / "a-0-preview.png").size == (12 * 4, 8 * 4)
+    first, last = (tmp_path / name for name in ("a-1-preview.png", "a-0.png"))
+    assert first.stat().st_mtime_ns < last.stat().st_mtime_ns
+    repeat = ("--from-png", "a-1-preview.png", "--out", "b.png")
+    assert generate(command, tiny_bundle, *repeat)[0] == 0
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a-1-preview.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (("--noise", "pink"), "invalid choice"),
+        (("--noise", "independent", "--latent", "16x16", "--preview"), "--noise coherent"),
+        (("--continue-from", "1"), "continue_from is given alone"),
+        (("--latent", "4x4", "--continue-at", "8x9"), "as 8x8"),
         (("--latent", "0x8"), "no size"),
         (("--latent", "8"), "no size"),
         (("--latent=-1x4",), "no size"),
