@@ -2,16 +2,18 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import cli
 from runtime.errors import ArtefactError, UsageError
 from runtime.files import check_writable
+from runtime.render import Drawing
 
 if TYPE_CHECKING:
     from runtime.pipeline import Label, Pipeline
+    from runtime.png import Rows
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
@@ -21,6 +23,8 @@ DEFAULTS: dict[str, Any] = {
     "count": 1,
     "latent": None,
     "image": None,
+    "crop": None,
+    "exact": False,
     "steps": 50,
     "guidance": 2.0,
     "eta": 0.0,
@@ -59,9 +63,11 @@ def parser() -> argparse.ArgumentParser:
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), help="seed of the noise (0)")
     add("--first-index", type=cli.number(0, 1 << 40, int), help="index of the first image (0)")
+    add("--state", type=Path, help="also keep what runtime.render draws from, as NAME.npz")
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
     add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
+    cli.add_drawing_options(p)
     cli.add_engine_options(p)
     return p
 
@@ -81,7 +87,10 @@ def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """The request in a PNG's metadata; raises ArtefactError where it is not whole."""
     try:
         return {key: _from_json(key, metadata["request"][key]) for key in DEFAULTS}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (
+        *(KeyError, TypeError, ValueError, IndexError, AttributeError),
+        argparse.ArgumentTypeError,
+    ) as error:
         raise ArtefactError(
             f"{png}: its metadata holds no whole request ({type(error).__name__}: {error}); "
             "expected a PNG made by runtime.generate, unaltered"
@@ -92,6 +101,8 @@ def _from_json(key: str, value: Any) -> Any:
     if key in ("latent", "image"):
         height, width = value
         return int(height), int(width)
+    if key == "crop":
+        return None if value is None else cli.crop(",".join(map(str, value)))
     if key == "label":
         return [_label_from_json(label) for label in value]
     return type(DEFAULTS[key])(value)
@@ -127,11 +138,22 @@ def generate(args: argparse.Namespace) -> None:
     each: list[Label] = [label for label in wanted["label"] for _ in range(wanted["count"])]
     if len(each) > MOST_IMAGES:
         raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
-    settings = {k: wanted[k] for k in ("latent", "image", "steps", "eta", "seed")}
+    settings = {k: wanted[k] for k in ("latent", "steps", "eta", "seed")}
     settings["guidance_scale"] = wanted["guidance"]
-    pipeline.check_request(each, **settings)
+    pipeline.check_request(each, image=wanted["image"], **settings)
+    drawing = Drawing(pipeline, wanted["image"], wanted["crop"], wanted["exact"], args.memory)
     paths = output_paths(args.out, len(each), wanted["first_index"])
-    draw(pipeline, wanted, each, settings, paths, args.batch)
+    if args.state is not None:
+        check_state(args.state)
+    drawing.check()
+    draw(drawing, wanted, each, settings, paths, args)
+
+
+def check_state(path: Path) -> None:
+    """Raise UsageError or ResourceError where no state can be written."""
+    if path.suffix.lower() != ".npz":
+        raise UsageError(f"--state {path}: expected a name that ends in .npz")
+    check_writable(path)
 
 
 def check_bundle(pipeline: "Pipeline", png: Path) -> None:
@@ -157,40 +179,45 @@ def resolve(pipeline: "Pipeline", wanted: dict[str, Any]) -> None:
 
 
 def draw(
-    pipeline: "Pipeline",
+    drawing: Drawing,
     wanted: dict[str, Any],
     each: "list[Label]",
     settings: dict[str, Any],
     paths: list[Path],
-    batch: int,
+    args: argparse.Namespace,
 ) -> None:
     """Draw every image in batches; single files are written as soon as they are drawn."""
     import numpy as np
     from tqdm import tqdm
 
-    from runtime.images import contact_sheet, save_png, to_uint8
-
-    sheet: list[Any] = []
-    total = -(-len(each) // batch) * settings["steps"]
+    pipeline = drawing.pipeline
+    latents: list[Any] = []  # [1, C, H, W] of each image
+    total = -(-len(each) // args.batch) * settings["steps"]
     with tqdm(total=total, desc="generate", unit="step") as bar:
-        for start in range(0, len(each), batch):
-            own = each[start : start + batch]
+        for start in range(0, len(each), args.batch):
+            own = each[start : start + args.batch]
             index = wanted["first_index"] + start
-            made = pipeline.generate(
+            made = pipeline.diffuse(
                 own, **settings, first_index=index, on_step=lambda step: bar.update()
             )
-            images = to_uint8(made.images)
-            if len(paths) < len(each):
-                sheet.append(images)
-                continue
-            for offset, image in enumerate(images):
+            latents += np.split(made, len(made))
+            for offset in range(len(own) if len(paths) == len(each) else 0):
                 single = {"label": [own[offset]], "count": 1, "first_index": index + offset}
-                save_png(paths[start + offset], image, describe(pipeline, wanted | single))
-    if sheet:
+                metadata = describe(pipeline, wanted | single)
+                image = drawn(drawing, latents[start + offset])
+                drawing.save(paths[start + offset], [image], 1, metadata)
+    if len(paths) < len(each):
         columns = wanted["count"] if 1 < wanted["count"] <= 2 * SHEET_COLUMNS else SHEET_COLUMNS
-        whole = contact_sheet(np.concatenate(sheet), min(columns, len(each)))
-        save_png(paths[0], whole, describe(pipeline, wanted))
+        images = [drawn(drawing, latent) for latent in latents]
+        drawing.save(paths[0], images, columns, describe(pipeline, wanted))
+    if args.state is not None:
+        pipeline.state(np.concatenate(latents), describe(pipeline, wanted)).save(args.state)
     print(f"{paths[0]}" + (f" … {paths[-1]}" if len(paths) > 1 else ""))
+
+
+def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
+    """The bands of one latent's image; its state is made when the first is asked for."""
+    yield from drawing.bands(drawing.pipeline.state(latent))
 
 
 def describe(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:

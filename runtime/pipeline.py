@@ -4,9 +4,10 @@ Letters: B images, K conditions, C latent channels, c colours, H × W latent, h 
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +18,17 @@ from runtime.engines import Engine, EngineOptions, check_engine_kind, open_engin
 from runtime.errors import UsageError
 from runtime.manifest import Array, Manifest, find_bundle, read_manifest
 from runtime.noise import LARGEST_SEED, NoiseStreams
+from runtime.state import DecodeState
+from runtime.tiles import DEFAULT_MEMORY, Read, Resampler, Size, window_of, windows_of
 
-Size = tuple[int, int]
+Crop = tuple[int, int, int, int]
 # One image's condition: a label's number, several with weights, or None for no condition.
 Label = int | Mapping[int, float] | None
 
 MOST_STEPS = 10_000
-GENERATING = (
-    *("r2id_condition", "r2id_film", "r2id_position", "r2id"),
-    *("r2ir_latent_summary", "r2ir_decode"),
-)
+DIFFUSING = ("r2id_condition", "r2id_film", "r2id_position", "r2id")
+# What a decode may need: the last two where the image is larger than its sample.
+DECODING = ("r2ir_latent_summary", "r2ir_decode", "r2ir_render", "r2ir_response")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,22 @@ class Pipeline:
         latent = latent or self.model.default_latent
         image = image or self.image_size(latent)
         self.check_request(labels, latent, image, steps, guidance_scale, eta, seed)
-        for graph in GENERATING:  # a damaged file shows before any work, not after it
+        x = self.diffuse(labels, latent, steps, guidance_scale, eta, seed, first_index, on_step)
+        return Generated(self.decode(x, image), x)
+
+    def diffuse(
+        self,
+        labels: Sequence[Label],
+        latent: Size,
+        steps: int,
+        guidance_scale: float,
+        eta: float,
+        seed: int,
+        first_index: int = 0,
+        on_step: Callable[[int], object] | None = None,
+    ) -> NDArray[np.float32]:
+        """The latents `[B, C, *latent]` of a request that was checked; see `generate`."""
+        for graph in (*DIFFUSING, *DECODING):  # damaged files show before any work, not after it
             self.engine(graph)
         indices = range(first_index, first_index + len(labels))
         conditions, weights = self.branches(labels, guidance_scale)
@@ -112,7 +129,7 @@ class Pipeline:
             denoise, noise.draw(), steps, weights, eta, lambda step: noise.draw(), on_step
         )
         x: NDArray[np.float32] = result.x
-        return Generated(self.decode(x, image), x)
+        return x
 
     def check_request(
         self,
@@ -199,23 +216,93 @@ class Pipeline:
 
         return denoise
 
-    def encode(self, pixels: Array, size: Size) -> NDArray[np.float32]:
-        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
-        self.check_size("r2ir_encode", size)
-        height, width = pixels.shape[2:]
-        sums = self.engine("r2ir_image_summary").run(
-            {"pixels": pixels, "coordinates": grid(height, width)}
-        )
-        return self.engine("r2ir_encode").run({"coordinates": grid(*size), **sums})["latent"]
+    def resampler(self, memory: int = DEFAULT_MEMORY) -> Resampler:
+        """R2IR in tiles within `memory` bytes of this process."""
+        return Resampler(self.engine, self.model.r2ir.width, memory)
 
-    def decode(self, latent: Array, size: Size) -> NDArray[np.float32]:
-        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]."""
-        self.check_size("r2ir_decode", size)
+    def encode(
+        self, pixels: Array, size: Size, memory: int = DEFAULT_MEMORY
+    ) -> NDArray[np.float32]:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
+        image = pixels.shape[2], pixels.shape[3]
+        return self.encode_windows(windows_of(pixels), image, size, memory, len(pixels))
+
+    def encode_windows(
+        self,
+        read: Read,
+        image: Size,
+        size: Size,
+        memory: int = DEFAULT_MEMORY,
+        batch: int = 1,
+    ) -> NDArray[np.float32]:
+        """`encode` of an image that is read by windows: one tile of it is in memory at a time.
+
+        `read(top, left, height, width)` gives float32 `[B, c, height, width]`, from the top down.
+        The latent is made whole: raises ResourceError where `memory` is too small for its cells.
+        """
+        self.check_size("r2ir_image_summary", image)
+        self.check_size("r2ir_encode", size)
+        resampler = self.resampler(memory)
+        engine = self.engine("r2ir_encode")
+        resampler.check_memory(["r2ir_encode"], batch * size[0] * size[1])
+        sums = resampler.summarise("r2ir_image_summary", "pixels", read, image, batch)
+        return engine.run({"coordinates": grid(*size), **sums})["latent"]
+
+    def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
+        """What a decode needs of latents float32 `[B, C, H, W]`, to draw any size and crop from."""
         height, width = latent.shape[2:]
-        sums = self.engine("r2ir_latent_summary").run(
-            {"latent": latent, "coordinates": grid(height, width)}
+        self.check_size("r2ir_latent_summary", (height, width))
+        sums = self.resampler().summarise(
+            "r2ir_latent_summary", "latent", windows_of(latent), (height, width), len(latent)
         )
-        return self.engine("r2ir_decode").run({"coordinates": grid(*size), **sums})["pixels"]
+        return DecodeState(sums["kv"], sums["k"], self.render_sha256, metadata or {})
+
+    @property
+    def render_sha256(self) -> str:
+        """What a `DecodeState` is bound to."""
+        return self.manifest.graph("r2ir_render").sha256
+
+    def draw(
+        self,
+        state: DecodeState,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int = DEFAULT_MEMORY,
+        index: int = 0,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Image `index` of a state at `size` in bands `[c, rows, width]` in [-1, 1], from the top.
+
+        `crop` (top, left, height, width) draws that window of the image alone, `exact` takes the
+        GRN ratios from every pixel instead of a sample, `memory` in bytes chooses the tiles.
+        Raises UsageError, ArtefactError for a state of another bundle, ResourceError.
+        """
+        self.check_size("r2ir_decode", size)
+        window = window_of(crop, size)
+        config = self.model.r2ir
+        state.check(self.render_sha256, config.decoder_blocks, config.width, "decode state")
+        return self.resampler(memory).draw(state.sums(index), size, window, exact)
+
+    def decode(
+        self,
+        latent: Array,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int = DEFAULT_MEMORY,
+    ) -> NDArray[np.float32]:
+        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]; see `draw`."""
+        self.check_size("r2ir_decode", size)
+        window = window_of(crop, size)
+        state = self.state(latent)
+        shape = (len(state), self.model.r2ir.color_channels, window.height, window.width)
+        pixels = np.empty(shape, np.float32)
+        for index, image in enumerate(pixels):
+            top = 0
+            for band in self.draw(state, size, crop, exact, memory, index):
+                image[:, top : top + band.shape[1]] = band
+                top += band.shape[1]
+        return pixels
 
     def resample(self, pixels: Array, size: Size, latent: Size | None = None) -> Array:
         """Pixels `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.

@@ -1,7 +1,7 @@
 """Engines: libraries that run a graph, each imported when the first engine of it is opened."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,8 +24,13 @@ class Engine(Protocol):
 
     provider: str
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name; raises UsageError, ResourceError or NumericalError."""
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Outputs by name; raises UsageError, ResourceError or NumericalError.
+
+        `outputs` names those that are needed: a library that can leaves the others uncomputed.
+        """
         ...
 
 

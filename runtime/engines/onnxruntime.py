@@ -1,6 +1,6 @@
 """ONNX Runtime: CPU, CUDA and the other execution providers of its builds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.engines import EngineOptions
@@ -71,16 +71,21 @@ class OnnxRuntimeEngine:
                 f"({_first_line(error)}). Make the bundle again with: make export"
             ) from None
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
         self.spec.check_inputs(inputs)
+        names = outputs or [t.name for t in self.spec.outputs]
+        options = load_library().RunOptions()
+        options.only_execute_path_to_fetches = outputs is not None
         try:
-            outputs = self.session.run([t.name for t in self.spec.outputs], dict(inputs))
+            values = self.session.run(names, dict(inputs), options)
         except Exception as error:
             if _out_of_memory(error):
                 raise self._memory_error(error) from None
             raise NumericalError(f"{self.spec.file}: {_first_line(error)}") from None
-        return dict(zip((t.name for t in self.spec.outputs), outputs, strict=True))
+        return dict(zip(names, values, strict=True))
 
     def _memory_error(self, error: Exception) -> ResourceError:
         return ResourceError(

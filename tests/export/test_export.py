@@ -19,7 +19,8 @@ from tests.tiny import tiny_models
 
 NAMES = {
     *("r2id_position", "r2id_film", "r2id_condition", "r2id"),
-    *("r2ir_image_summary", "r2ir_encode", "r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
+    *("r2ir_image_summary", "r2ir_encode", "r2ir_latent_summary"),
+    *("r2ir_decode", "r2ir_render", "r2ir_response"),
 }
 
 
