@@ -101,14 +101,10 @@ class ImageFile:
         self.path, self.channels = path, channels
         self._file = open_file(path, "an image", "Give the path of an image file")
         self._rows = open_rows(path, self._file)
-        self._whole: Rows | None = None
-        self.size: tuple[int, int]
-        if self._rows is None:
-            self._whole = _open(path, self._file)
-            self.size = (self._whole.shape[0], self._whole.shape[1])
-        else:
-            self.size = self._rows.size
-        self._top, self._band = 0, np.empty((0, self.size[1], channels), np.uint8)
+        self._top = 0  # of the band, which is all of an image that is not read by rows
+        self._band = self._rows.read(0) if self._rows else _open(path, self._file)
+        height, width = self._rows.size if self._rows else self._band.shape[:2]
+        self.size = (height, width)
 
     def __enter__(self) -> "ImageFile":
         return self
@@ -118,19 +114,14 @@ class ImageFile:
 
     def __call__(self, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
         """Pixels `[1, c, height, width]` of a window not above the last one."""
-        if self._whole is not None:
-            band = self._whole[top : top + height]
-        else:
-            band = self._read_to(top, height)
+        if self._rows is not None:
+            missing = top + height - (self._top + len(self._band))
+            if missing > 0:
+                self._band = np.concatenate([self._band, self._rows.read(missing)])
+            self._top, self._band = top, self._band[top - self._top :]
+        band = self._band[top - self._top :][:height]
         own = recoloured(band[:, left : left + width], self.channels).astype(np.float32)
         return np.ascontiguousarray(np.moveaxis(own, -1, 0)[None] / np.float32(127.5) - 1)
-
-    def _read_to(self, top: int, height: int) -> Rows:
-        assert self._rows is not None
-        while self._top + len(self._band) < top + height:
-            self._top += len(self._band)
-            self._band = self._rows.read(min(height, self.size[0] - self._top))
-        return self._band[top - self._top :][:height]
 
 
 def recoloured(rows: Rows, channels: int) -> Rows:
