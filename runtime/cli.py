@@ -50,16 +50,6 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
 
 
-def add_memory_option(parser: argparse.ArgumentParser) -> None:
-    """The option of every command that works in tiles."""
-    parser.add_argument(
-        "--memory",
-        type=memory,
-        default=500_000_000,
-        help="what the process may hold, as in 300MB or 2GB: chooses the tiles (500MB)",
-    )
-
-
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that draws an image from a latent."""
     parser.add_argument("--crop", type=crop, help="draw top,left,height,width of the image alone")
@@ -70,7 +60,12 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         const=True,
         help="GRN ratios from every pixel in several passes, not from a sample",
     )
-    add_memory_option(parser)
+    parser.add_argument(
+        "--memory",
+        type=memory,
+        help="what the process may hold, as in 500MB or 2GB: chooses the tiles (some 350MB more "
+        "than the graphs take)",
+    )
 
 
 def open_bundle(args: argparse.Namespace) -> "Pipeline":

@@ -19,7 +19,16 @@ from runtime.errors import UsageError
 from runtime.manifest import Array, Manifest, find_bundle, read_manifest
 from runtime.noise import LARGEST_SEED, NoiseStreams
 from runtime.state import DecodeState
-from runtime.tiles import DEFAULT_MEMORY, Read, Resampler, Size, window_of, windows_of
+from runtime.tiles import (
+    DEFAULT_ROOM,
+    Read,
+    Resampler,
+    Size,
+    graphs_for,
+    resident,
+    window_of,
+    windows_of,
+)
 
 Crop = tuple[int, int, int, int]
 # One image's condition: a label's number, several with weights, or None for no condition.
@@ -27,8 +36,6 @@ Label = int | Mapping[int, float] | None
 
 MOST_STEPS = 10_000
 DIFFUSING = ("r2id_condition", "r2id_film", "r2id_position", "r2id")
-# What a decode may need: the last two where the image is larger than its sample.
-DECODING = ("r2ir_latent_summary", "r2ir_decode", "r2ir_render", "r2ir_response")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ class Pipeline:
         latent = latent or self.model.default_latent
         image = image or self.image_size(latent)
         self.check_request(labels, latent, image, steps, guidance_scale, eta, seed)
+        for graph in graphs_for(image):
+            self.engine(graph)
         x = self.diffuse(labels, latent, steps, guidance_scale, eta, seed, first_index, on_step)
         return Generated(self.decode(x, image), x)
 
@@ -119,7 +128,7 @@ class Pipeline:
         on_step: Callable[[int], object] | None = None,
     ) -> NDArray[np.float32]:
         """The latents `[B, C, *latent]` of a request that was checked; see `generate`."""
-        for graph in (*DIFFUSING, *DECODING):  # damaged files show before any work, not after it
+        for graph in DIFFUSING:  # a damaged file shows before any work, not after it
             self.engine(graph)
         indices = range(first_index, first_index + len(labels))
         conditions, weights = self.branches(labels, guidance_scale)
@@ -216,13 +225,15 @@ class Pipeline:
 
         return denoise
 
-    def resampler(self, memory: int = DEFAULT_MEMORY) -> Resampler:
-        """R2IR in tiles within `memory` bytes of this process."""
-        return Resampler(self.engine, self.model.r2ir.width, memory)
+    def resampler(self, memory: int | None = None) -> Resampler:
+        """R2IR in tiles within `memory` bytes of this process; None adds a little to what it has.
 
-    def encode(
-        self, pixels: Array, size: Size, memory: int = DEFAULT_MEMORY
-    ) -> NDArray[np.float32]:
+        See DEFAULT_ROOM of runtime/tiles.py.
+        """
+        limit = resident() + DEFAULT_ROOM if memory is None else memory
+        return Resampler(self.engine, self.model.r2ir.width, limit)
+
+    def encode(self, pixels: Array, size: Size, memory: int | None = None) -> NDArray[np.float32]:
         """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
         image = pixels.shape[2], pixels.shape[3]
         return self.encode_windows(windows_of(pixels), image, size, memory, len(pixels))
@@ -232,19 +243,20 @@ class Pipeline:
         read: Read,
         image: Size,
         size: Size,
-        memory: int = DEFAULT_MEMORY,
+        memory: int | None = None,
         batch: int = 1,
     ) -> NDArray[np.float32]:
         """`encode` of an image that is read by windows: one tile of it is in memory at a time.
 
         `read(top, left, height, width)` gives float32 `[B, c, height, width]`, from the top down.
-        The latent is made whole: raises ResourceError where `memory` is too small for its cells.
+        The latent is made whole: raises ResourceError where a `memory` given is too small for it.
         """
         self.check_size("r2ir_image_summary", image)
         self.check_size("r2ir_encode", size)
         resampler = self.resampler(memory)
         engine = self.engine("r2ir_encode")
-        resampler.check_memory(["r2ir_encode"], batch * size[0] * size[1])
+        if memory is not None:
+            resampler.check_memory(["r2ir_encode"], batch * size[0] * size[1])
         sums = resampler.summarise("r2ir_image_summary", "pixels", read, image, batch)
         return engine.run({"coordinates": grid(*size), **sums})["latent"]
 
@@ -268,7 +280,7 @@ class Pipeline:
         size: Size,
         crop: Crop | None = None,
         exact: bool = False,
-        memory: int = DEFAULT_MEMORY,
+        memory: int | None = None,
         index: int = 0,
     ) -> Iterator[NDArray[np.float32]]:
         """Image `index` of a state at `size` in bands `[c, rows, width]` in [-1, 1], from the top.
@@ -289,7 +301,7 @@ class Pipeline:
         size: Size,
         crop: Crop | None = None,
         exact: bool = False,
-        memory: int = DEFAULT_MEMORY,
+        memory: int | None = None,
     ) -> NDArray[np.float32]:
         """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]; see `draw`."""
         self.check_size("r2ir_decode", size)

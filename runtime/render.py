@@ -84,7 +84,7 @@ class Drawing:
         size: tuple[int, int],
         crop: tuple[int, int, int, int] | None,
         exact: bool,
-        memory: int,
+        memory: int | None,
     ):
         from runtime.tiles import window_of
 
@@ -95,15 +95,17 @@ class Drawing:
 
     def check(self, state: "DecodeState | None" = None, source: str = "") -> None:
         """Open every graph that drawing needs; raises ArtefactError or ResourceError."""
-        from runtime.pipeline import DECODING
+        from runtime.tiles import graphs_for
 
         config = self.pipeline.model.r2ir
         if state is not None:
             bundle = self.pipeline.render_sha256
             state.check(bundle, config.decoder_blocks, config.width, source)
-        for graph in DECODING:
+        graphs = graphs_for(self.size)
+        for graph in graphs:
             self.pipeline.engine(graph)
-        self.pipeline.resampler(self.memory).check_memory(DECODING)
+        if self.memory is not None:
+            self.pipeline.resampler(self.memory).check_memory(graphs)
 
     def bands(self, state: "DecodeState", index: int = 0) -> "Iterator[Rows]":
         """One image of a state as uint8 bands `[n, w, c]` from the top."""

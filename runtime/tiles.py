@@ -26,7 +26,9 @@ Pixels = NDArray[np.float32]
 # top, left, height, width -> float32 values of that window, `[B, channels, height, width]`.
 Read = Callable[[int, int, int, int], Array]
 
-DEFAULT_MEMORY = 500_000_000
+# What a resampler may add to the process where no limit is given: at the published width, the
+# sample and a tile.
+DEFAULT_ROOM = 350_000_000
 # Ratios come from one pixel in each of 128 × 128 cells of the image. benchmarks.decode measures
 # what that costs: 93 dB PSNR on the shipped model at 512x512 and 1024x1024.
 SAMPLE = 128
@@ -97,6 +99,13 @@ def _parts(count: int, most: int) -> list[tuple[int, int]]:
     return [(low, high - low) for low, high in pairwise(edges)]
 
 
+def graphs_for(size: Size) -> tuple[str, ...]:
+    """What drawing an image of `size` needs of a bundle."""
+    whole = ("r2ir_latent_summary", "r2ir_decode")
+    sampled = size[0] * size[1] > SAMPLE * SAMPLE
+    return (*whole, "r2ir_render", "r2ir_response") if sampled else whole
+
+
 def sample_places(size: Size, side: int = SAMPLE) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows and columns of at most side² pixels, one drawn from each cell of a grid of cells.
 
@@ -118,11 +127,14 @@ def sample_places(size: Size, side: int = SAMPLE) -> tuple[NDArray[np.int64], ND
 
 @dataclass(frozen=True)
 class Resampler:
-    """R2IR's graphs run over tiles: `engine` opens a graph, `width` is d, `memory` in bytes."""
+    """R2IR's graphs run over tiles: `engine` opens a graph, `width` is d.
+
+    `memory`: bytes that the process may hold in all.
+    """
 
     engine: Callable[[str], Engine]
     width: int
-    memory: int = DEFAULT_MEMORY
+    memory: int
 
     def bytes_needed(self, graph: str, pixels: int) -> int:
         """What a graph takes for so many pixels."""

@@ -121,7 +121,7 @@ def test_little_memory_changes_no_pixel(
         wanted = pipeline.decode(latent, size)
         with monkeypatch.context() as patch:
             patch.setattr(tiles, "resident", lambda: 0)
-            memory = Resampler(pipeline.engine, 16).bytes_needed("r2ir_response", 64)
+            memory = Resampler(pipeline.engine, 16, 0).bytes_needed("r2ir_response", 64)
             agree(pipeline.decode(latent, size, memory=memory), wanted)
 
 
