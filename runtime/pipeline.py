@@ -24,6 +24,7 @@ from runtime.tiles import (
     Read,
     Resampler,
     Size,
+    check_memory,
     graphs_for,
     resident,
     window_of,
@@ -68,6 +69,7 @@ class Pipeline:
         self.model = manifest.model
         self._engines: dict[str, Engine] = {}
         self._opening = threading.Lock()
+        self._held: int | None = None  # bytes in memory before the first tile
 
     def engine(self, graph: str) -> Engine:
         """The engine of a graph, opened on first use."""
@@ -226,12 +228,14 @@ class Pipeline:
         return denoise
 
     def resampler(self, memory: int | None = None) -> Resampler:
-        """R2IR in tiles within `memory` bytes of this process; None adds a little to what it has.
+        """R2IR in tiles within `memory` bytes of this process; None takes DEFAULT_ROOM.
 
-        See DEFAULT_ROOM of runtime/tiles.py.
+        What the process holds besides is measured once, when this is first asked for.
         """
-        limit = resident() + DEFAULT_ROOM if memory is None else memory
-        return Resampler(self.engine, self.model.r2ir.width, limit)
+        if self._held is None:
+            self._held = resident()
+        room = DEFAULT_ROOM if memory is None else memory - self._held
+        return Resampler(self.engine, self.model.r2ir.width, room)
 
     def encode(self, pixels: Array, size: Size, memory: int | None = None) -> NDArray[np.float32]:
         """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
@@ -253,11 +257,11 @@ class Pipeline:
         """
         self.check_size("r2ir_image_summary", image)
         self.check_size("r2ir_encode", size)
-        resampler = self.resampler(memory)
         engine = self.engine("r2ir_encode")
         if memory is not None:
-            resampler.check_memory(["r2ir_encode"], batch * size[0] * size[1])
-        sums = resampler.summarise("r2ir_image_summary", "pixels", read, image, batch)
+            cells = batch * size[0] * size[1]
+            check_memory(memory, self.model.r2ir.width, ["r2ir_encode"], cells)
+        sums = self.resampler(memory).summarise("r2ir_image_summary", "pixels", read, image, batch)
         return engine.run({"coordinates": grid(*size), **sums})["latent"]
 
     def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:

@@ -95,7 +95,7 @@ class Drawing:
 
     def check(self, state: "DecodeState | None" = None, source: str = "") -> None:
         """Open every graph that drawing needs; raises ArtefactError or ResourceError."""
-        from runtime.tiles import graphs_for
+        from runtime.tiles import check_memory, graphs_for
 
         config = self.pipeline.model.r2ir
         if state is not None:
@@ -105,7 +105,7 @@ class Drawing:
         for graph in graphs:
             self.pipeline.engine(graph)
         if self.memory is not None:
-            self.pipeline.resampler(self.memory).check_memory(graphs)
+            check_memory(self.memory, config.width, graphs)
 
     def bands(self, state: "DecodeState", index: int = 0) -> "Iterator[Rows]":
         """One image of a state as uint8 bands `[n, w, c]` from the top."""

@@ -35,7 +35,7 @@ SAMPLE = 128
 SAMPLE_SEED = 0
 # A tile of more pixels leaves the processor's cache and is slower; powers of two down to the
 # smallest, so that the same request gives the same tiles.
-LARGEST_TILE, SMALLEST_TILE = 4096, 64
+LARGEST_TILE, LEAST_BESIDE, SMALLEST_TILE = 4096, 1024, 64
 # float32 arrays of the model's width that a graph holds per pixel at its peak, measured by
 # benchmarks.decode on ONNX Runtime and rounded up.
 ARRAYS_PER_PIXEL = {
@@ -125,42 +125,51 @@ def sample_places(size: Size, side: int = SAMPLE) -> tuple[NDArray[np.int64], ND
     return rows, columns
 
 
+def bytes_needed(graph: str, width: int, pixels: int) -> int:
+    """What a graph of `width` channels takes for so many pixels."""
+    return 4 * width * ARRAYS_PER_PIXEL[graph] * pixels
+
+
+def check_memory(
+    memory: int, width: int, graphs: Iterable[str], cells: int = SMALLEST_TILE
+) -> None:
+    """Raise ResourceError where the process may not hold `memory` bytes and run `graphs`."""
+    here = resident()
+    needed = here + max(bytes_needed(graph, width, cells) for graph in graphs)
+    if needed > memory:
+        raise ResourceError(
+            f"memory of {megabytes(memory)} is too small: this process holds {megabytes(here)} "
+            f"and needs {megabytes(needed)} in all. Pass --memory {megabytes(needed)} or more"
+        )
+
+
 @dataclass(frozen=True)
 class Resampler:
     """R2IR's graphs run over tiles: `engine` opens a graph, `width` is d.
 
-    `memory`: bytes that the process may hold in all.
+    `room`: bytes that the graphs may take. What fits is counted, not measured, so that an image
+    is drawn in the same tiles whatever was drawn before it.
     """
 
     engine: Callable[[str], Engine]
     width: int
-    memory: int
+    room: int = DEFAULT_ROOM
 
-    def bytes_needed(self, graph: str, pixels: int) -> int:
-        """What a graph takes for so many pixels."""
-        return 4 * self.width * ARRAYS_PER_PIXEL[graph] * pixels
-
-    def fits(self, graph: str, pixels: int) -> bool:
-        """Whether the process may run a graph on so many pixels at once."""
-        return resident() + self.bytes_needed(graph, pixels) <= self.memory
-
-    def tile(self, graph: str) -> int:
-        """Pixels per tile: the quickest number, or what memory allows."""
+    def tile(self, *graphs: str, taken: int = 0) -> int:
+        """Pixels per tile for graphs beside each other: the quickest number, or what fits."""
         pixels = LARGEST_TILE
-        while pixels > SMALLEST_TILE and not self.fits(graph, pixels):
+        while pixels > SMALLEST_TILE:
+            needed = sum(bytes_needed(graph, self.width, pixels) for graph in graphs)
+            if needed + taken <= self.room:
+                break
             pixels //= 2
         return pixels
 
-    def check_memory(self, graphs: Iterable[str], cells: int = SMALLEST_TILE) -> None:
-        """Raise ResourceError where memory is too small to run `graphs` on `cells` at once."""
-        here = resident()
-        needed = here + max(self.bytes_needed(graph, cells) for graph in graphs)
-        if needed > self.memory:
-            raise ResourceError(
-                f"memory of {megabytes(self.memory)} is too small: this process holds "
-                f"{megabytes(here)} and needs {megabytes(needed)} in all. "
-                f"Pass --memory {megabytes(needed)} or more"
-            )
+    def at_once(self, pixels: int) -> int:
+        """Bytes that `r2ir_decode` takes for a sample; 0 where a tile would not fit beside it."""
+        needed = bytes_needed("r2ir_decode", self.width, pixels)
+        beside = bytes_needed("r2ir_render", self.width, LEAST_BESIDE)
+        return needed if needed + beside <= self.room else 0
 
     def summarise(
         self, graph: str, name: str, read: Read, size: Size, batch: int = 1
@@ -188,15 +197,19 @@ class Resampler:
         """
         place = Grid(*size)
         rows, columns = sample_places(size)
-        if rows.size == size[0] * size[1] and self.fits("r2ir_decode", rows.size):
+        if rows.size == size[0] * size[1] and self.at_once(rows.size):
             inputs = {"coordinates": place.at(rows, columns), **sums}
             pixels = self.engine("r2ir_decode").run(inputs)["pixels"][0]
             top, left, height, width = window
             yield pixels[:, top : top + height, left : left + width]
             return
         response = self.response(sums, size, exact)
-        engine = self.engine("r2ir_render")
-        for band in bands(window, self.tile("r2ir_render")):
+        engine, taken = self.engine("r2ir_render"), self.at_once(rows.size)
+        if exact or not taken:  # the graph of the passes keeps its memory
+            pixels = self.tile("r2ir_render", "r2ir_response")
+        else:
+            pixels = self.tile("r2ir_render", taken=taken)
+        for band in bands(window, pixels):
             tiles = [
                 engine.run({"coordinates": place.window(*tile), "response": response, **sums})
                 for tile in band
@@ -217,7 +230,7 @@ class Resampler:
                 ),
             )
         at = place.at(rows, columns)
-        if self.fits("r2ir_decode", rows.size):
+        if self.at_once(rows.size):
             inputs = {"coordinates": at, **sums}
             return self.engine("r2ir_decode").run(inputs, ["response"])["response"]
         flat = at.reshape(1, -1, 4)
@@ -232,7 +245,8 @@ class Resampler:
         """
         blocks, width = sums["k"].shape[1:]
         response = np.ones((1, blocks, 2, width), np.float32)
-        engine, pixels = self.engine("r2ir_response"), self.tile("r2ir_response")
+        engine = self.engine("r2ir_response")
+        pixels = self.tile("r2ir_render", "r2ir_response")
         for site in range(2 * blocks):
             name, total, count = f"squares_{site}", np.zeros((1, width)), 0
             for at in parts(pixels):

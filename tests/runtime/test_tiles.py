@@ -19,13 +19,14 @@ from runtime.state import DecodeState
 from runtime.tiles import Resampler, bands, sample_places, window_of
 
 SIDES = st.integers(1, 60)
+SINGLE = EngineOptions(threads=1)
 LARGE = (150, 170)  # more pixels than a sample has
 TOLERANCE = 1e-5  # rounding: products over other numbers of rows add up in another order
 
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_bundle: Path) -> Pipeline:
-    return open_bundle(tiny_bundle, EngineOptions(threads=1))
+    return open_bundle(tiny_bundle, SINGLE)
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +115,19 @@ def test_a_small_image_is_its_own_sample(pipeline: Pipeline, latent: np.ndarray)
 
 
 def test_little_memory_changes_no_pixel(
-    pipeline: Pipeline, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the sample does not fit at once its ratios are counted in passes over its parts."""
+    pipeline = open_bundle(tiny_bundle, SINGLE)
+    monkeypatch.setattr("runtime.pipeline.resident", lambda: 1000)
     for size in ((31, 40), LARGE):
         wanted = pipeline.decode(latent, size)
+        decode = pipeline.engine("r2ir_decode")
         with monkeypatch.context() as patch:
-            patch.setattr(tiles, "resident", lambda: 0)
-            memory = Resampler(pipeline.engine, 16, 0).bytes_needed("r2ir_response", 64)
-            agree(pipeline.decode(latent, size, memory=memory), wanted)
+            patch.delitem(pipeline._engines, "r2ir_decode")
+            agree(pipeline.decode(latent, size, memory=200_000), wanted)
+            assert "r2ir_decode" not in pipeline._engines  # it was not run
+        pipeline._engines["r2ir_decode"] = decode
 
 
 def test_no_seams(pipeline: Pipeline, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,18 +183,17 @@ def test_an_image_is_encoded_by_tiles(
 def test_memory_chooses_the_tile_and_says_what_is_missing(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def tile(pixels: int, *graphs: str) -> int:
+        room = tiles.bytes_needed("r2ir_render", 16, pixels)
+        return Resampler(pipeline.engine, 16, room).tile("r2ir_render", *graphs)
+
+    assert [tile(n) for n in (9999, 4096, 4095, 64, -1)] == [4096, 4096, 2048, 64, 64]
+    assert tile(4096, "r2ir_response") == 1024  # both at once
     monkeypatch.setattr(tiles, "resident", lambda: 100_000_000)
-    graph, free = "r2ir_render", 4 * 16 * 24
-
-    def resampler(pixels: int) -> Resampler:
-        return Resampler(pipeline.engine, 16, 100_000_000 + free * pixels)
-
-    assert [resampler(n).tile(graph) for n in (9999, 4096, 4095, 64, 1)] == [
-        *(4096, 4096, 2048, 64, 64)
-    ]
-    resampler(64).check_memory([graph])
+    enough = 100_000_000 + tiles.bytes_needed("r2ir_render", 16, 64)
+    tiles.check_memory(enough, 16, ["r2ir_render"])
     with pytest.raises(ResourceError, match=r"holds 100MB and needs 101MB .* --memory 101MB"):
-        resampler(63).check_memory([graph])
+        tiles.check_memory(enough - 1, 16, ["r2ir_render"])
     with pytest.raises(ResourceError, match="--memory"):
         pipeline.encode(np.zeros((1, 1, 8, 8), np.float32), (64, 64), memory=100_000_000)
 
