@@ -126,7 +126,7 @@ class Drawing:
 
         height, width = sheet_size(len(images), columns, (self.window.height, self.window.width))
         channels = self.pipeline.model.r2ir.color_channels
-        with tqdm(total=height, desc=path.name, unit="row", leave=False) as bar:
+        with tqdm(total=height, desc=path.name, unit="row", leave=False, delay=1) as bar:
 
             def drawn() -> "Iterator[Rows]":
                 for band in sheet_rows(images, columns):

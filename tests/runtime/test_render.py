@@ -115,8 +115,8 @@ def test_an_interrupted_drawing_leaves_nothing(tiny_bundle: Path, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def peak(code: str, tmp_path: Path) -> int:
-    """Peak bytes of a process that runs `code`, less what it held when that began."""
+def peak(code: str) -> int:
+    """Peak bytes of a process that runs `code`."""
     probe = (
         "import resource\n"
         "from pathlib import Path\n"
@@ -144,7 +144,7 @@ with ImageFile(Path({out!r}), 1) as image:
     p.encode_windows(image, image.size, (4, 4))
 """
     small, large = (
-        peak(code.format(bundle=str(tiny_bundle), out=str(tmp_path / "a.png"), height=h), tmp_path)
+        peak(code.format(bundle=str(tiny_bundle), out=str(tmp_path / "a.png"), height=h))
         for h in (200, 3072)
     )
     assert large - small < 8_000_000
