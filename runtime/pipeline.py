@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,17 +27,27 @@ from runtime.errors import ArtefactError, UsageError
 from runtime.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
 from runtime.noise import COHERENT, KINDS, LARGEST_SEED, NoiseStreams, refine
 from runtime.profiles import choose
+from runtime.providers import PROVIDERS
+from runtime.state import DecodeState
+from runtime.tiles import (
+    DEFAULT_ROOM,
+    Read,
+    Resampler,
+    Size,
+    check_memory,
+    graphs_for,
+    resident,
+    window_of,
+    windows_of,
+)
 
-Size = tuple[int, int]
+Crop = tuple[int, int, int, int]
 # One image's condition: a label's number, several with weights, or None for no condition.
 Label = int | Mapping[int, float] | None
 
 MOST_STEPS = 10_000
-GENERATING = (
-    *("r2id_condition", "r2id_film", "r2id_position", "r2id"),
-    *("r2ir_latent_summary", "r2ir_decode"),
-)
 ENCODING = ("r2ir_image_summary", "r2ir_encode")
+DIFFUSING = ("r2id_condition", "r2id_film", "r2id_position", "r2id")
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Pipeline:
         self.model = manifest.model
         self._engines: dict[str, Engine] = {}
         self._opening = threading.Lock()
+        self._held: int | None = None  # bytes in memory before the first tile
 
     def engine(self, graph: str) -> Engine:
         """The engine of a graph, opened on first use."""
@@ -137,20 +149,43 @@ class Pipeline:
         image = image or self.image_size(continue_at or latent)
         sizes = (continue_at, continue_from)
         self.check_request(labels, latent, image, steps, guidance_scale, eta, seed, noise, *sizes)
+        for graph in self.drawing_graphs(image):
+            self.engine(graph)
+        x = self.diffuse(
+            *(labels, latent, steps, guidance_scale, eta, seed, first_index, on_step),
+            *(noise, *sizes),
+        )
+        return Generated(self.decode(x, image), x)
+
+    def diffuse(
+        self,
+        labels: Sequence[Label],
+        latent: Size,
+        steps: int,
+        guidance_scale: float,
+        eta: float,
+        seed: int,
+        first_index: int = 0,
+        on_step: Callable[[int], object] | None = None,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
+    ) -> NDArray[np.float32]:
+        """The latents `[B, C, H, W]` of a request that was checked; see `generate`."""
+        for graph in DIFFUSING + (ENCODING if continue_at else ()):
+            self.engine(graph)  # a damaged file shows before any work, not after it
         stop = self.continuation(latent, steps, continue_at, continue_from)
         indices = range(first_index, first_index + len(labels))
         streams = self.noise(seed, indices, latent, noise)
-        for graph in GENERATING + (ENCODING if continue_at else ()):
-            self.engine(graph)  # a damaged file shows before any work, not after it
         guided = self.branches(labels, guidance_scale)
         x = self.sample(streams.draw(), streams, guided, steps, eta, on_step, (0, stop))
-        if continue_at is not None:
-            denoise = self.denoiser(guided[0], latent, steps)
-            part = ddim.sample(denoise, x, steps, guided[1], first=stop, last=stop)
-            streams = self.noise(seed, indices, continue_at, noise)
-            x = self.enlarge(part, stop, steps, streams.draw())
-            x = self.sample(x, streams, guided, steps, eta, on_step, (stop, steps))
-        return Generated(self.decode(x, image), x)
+        if continue_at is None:
+            return x
+        denoise = self.denoiser(guided[0], latent, steps)
+        part = ddim.sample(denoise, x, steps, guided[1], first=stop, last=stop)
+        streams = self.noise(seed, indices, continue_at, noise)
+        x = self.enlarge(part, stop, steps, streams.draw())
+        return self.sample(x, streams, guided, steps, eta, on_step, (stop, steps))
 
     def sample(
         self,
@@ -277,12 +312,12 @@ class Pipeline:
         self.check_size("r2id_film", latent, steps=steps + 1)
         self.check_size("r2id_condition", latent, conditions=len(unique))
         self.check_size("r2ir_latent_summary", continue_at or latent, batch=images)
-        self.check_size("r2ir_decode", image, batch=images)
+        self.check_size("r2ir_decode", image, batch=1)  # images are drawn one after the other
         self.continuation(latent, steps, continue_at, continue_from)
         if continue_at is not None:  # what `enlarge` decodes and encodes
             between = self.image_size(continue_at)
             self.check_size("r2ir_latent_summary", latent, batch=images)
-            self.check_size("r2ir_decode", between, batch=images)
+            self.check_size("r2ir_decode", between, batch=1)
             self.check_size("r2ir_image_summary", between, batch=images)
             self.check_size("r2ir_encode", continue_at, batch=images)
 
@@ -367,33 +402,120 @@ class Pipeline:
                 update["noise"] = np.zeros((len(noise.indices), *noise.shape), np.float32)
             yield update
 
-    def encode(self, pixels: Array, size: Size) -> NDArray[np.float32]:
-        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
-        batch, _, height, width = pixels.shape
-        self.check_size("r2ir_image_summary", (height, width), batch=batch)
-        self.check_size("r2ir_encode", size, batch=batch)
-        sums = self.engine("r2ir_image_summary").run(
-            {"pixels": pixels, "coordinates": grid(height, width)}
-        )
-        return self.engine("r2ir_encode").run({"coordinates": grid(*size), **sums})["latent"]
+    def resampler(self, memory: int | None = None) -> Resampler:
+        """R2IR in tiles within `memory` bytes of this process; None takes DEFAULT_ROOM.
 
-    def decode(self, latent: Array, size: Size) -> NDArray[np.float32]:
-        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]."""
-        batch, _, height, width = latent.shape
-        self.check_size("r2ir_latent_summary", (height, width), batch=batch)
-        self.check_size("r2ir_decode", size, batch=batch)
-        sums = self.engine("r2ir_latent_summary").run(
-            {"latent": latent, "coordinates": grid(height, width)}
+        What the process holds besides is measured once, when this is first asked for.
+        """
+        if self._held is None:
+            self._held = resident()
+        room = DEFAULT_ROOM if memory is None else memory - self._held
+        return Resampler(self.engine, self.model.r2ir.width, room, self.whole)
+
+    @property
+    def whole(self) -> bool:
+        """Whether R2IR runs on whole images: plans are built for their sizes and for no tiles.
+
+        So are the engines of a provider that takes its sizes from the plans.
+        """
+        plan = self.manifest.plan("r2ir_decode", self.options.precision)
+        builds = bool(PROVIDERS[self.options.provider].profiles) and plan is not None
+        return self.options.plans or builds
+
+    def drawing_graphs(self, size: Size) -> tuple[str, ...]:
+        """What drawing an image of `size` needs of a bundle."""
+        return graphs_for(size, self.whole)
+
+    def encode(self, pixels: Array, size: Size, memory: int | None = None) -> NDArray[np.float32]:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
+        image = pixels.shape[2], pixels.shape[3]
+        return self.encode_windows(windows_of(pixels), image, size, memory, len(pixels))
+
+    def encode_windows(
+        self,
+        read: Read,
+        image: Size,
+        size: Size,
+        memory: int | None = None,
+        batch: int = 1,
+    ) -> NDArray[np.float32]:
+        """`encode` of an image that is read by windows: one tile of it is in memory at a time.
+
+        `read(top, left, height, width)` gives float32 `[B, c, height, width]`, from the top down.
+        The latent is made whole: raises ResourceError where a `memory` given is too small for it.
+        """
+        self.check_size("r2ir_image_summary", image, batch=batch)
+        self.check_size("r2ir_encode", size, batch=batch)
+        engine = self.engine("r2ir_encode")
+        if memory is not None:
+            cells = batch * size[0] * size[1]
+            check_memory(memory, self.model.r2ir.width, ["r2ir_encode"], cells)
+        sums = self.resampler(memory).summarise("r2ir_image_summary", "pixels", read, image, batch)
+        return engine.run({"coordinates": grid(*size), **sums})["latent"]
+
+    def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
+        """What a decode needs of latents float32 `[B, C, H, W]`, to draw any size and crop from."""
+        height, width = latent.shape[2:]
+        self.check_size("r2ir_latent_summary", (height, width), batch=len(latent))
+        sums = self.resampler().summarise(
+            "r2ir_latent_summary", "latent", windows_of(latent), (height, width), len(latent)
         )
-        return self.engine("r2ir_decode").run({"coordinates": grid(*size), **sums})["pixels"]
+        return DecodeState(sums["kv"], sums["k"], self.render_sha256, metadata or {})
+
+    @property
+    def render_sha256(self) -> str:
+        """What a `DecodeState` is bound to."""
+        return self.manifest.graph("r2ir_render").sha256
+
+    def draw(
+        self,
+        state: DecodeState,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+        index: int = 0,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Image `index` of a state at `size` in bands `[c, rows, width]` in [-1, 1], from the top.
+
+        `crop` (top, left, height, width) draws that window of the image alone, `exact` takes the
+        GRN ratios from every pixel instead of a sample, `memory` in bytes chooses the tiles.
+        Raises UsageError, ArtefactError for a state of another bundle, ResourceError.
+        """
+        self.check_size("r2ir_decode", size, batch=1)
+        window = window_of(crop, size)
+        config = self.model.r2ir
+        state.check(self.render_sha256, config.decoder_blocks, config.width, "decode state")
+        return self.resampler(memory).draw(state.sums(index), size, window, exact)
+
+    def decode(
+        self,
+        latent: Array,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]; see `draw`."""
+        self.check_size("r2ir_decode", size, batch=1)
+        window = window_of(crop, size)
+        state = self.state(latent)
+        shape = (len(state), self.model.r2ir.color_channels, window.height, window.width)
+        pixels = np.empty(shape, np.float32)
+        for index, image in enumerate(pixels):
+            top = 0
+            for band in self.draw(state, size, crop, exact, memory, index):
+                image[:, top : top + band.shape[1]] = band
+                top += band.shape[1]
+        return pixels
 
     def resample(self, pixels: Array, size: Size, latent: Size | None = None) -> Array:
         """Pixels `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.
 
         `latent` defaults to the training ratio of the pixels' own size.
         """
-        batch, _, height, width = pixels.shape
-        self.check_size("r2ir_decode", size, batch=batch)  # before any work
+        height, width = pixels.shape[2:]
+        self.check_size("r2ir_decode", size, batch=1)  # before any work
         return self.decode(self.encode(pixels, latent or self.latent_size((height, width))), size)
 
 

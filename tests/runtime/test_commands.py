@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.images import contact_sheet, load_pixels, read_metadata, save_png, to_uint8
+from runtime.images import ImageFile, contact_sheet, read_metadata, save_png, to_uint8
 from tests.conftest import Command
 
 
@@ -165,8 +165,10 @@ def test_pixels_survive_a_png(tmp_path: Path) -> None:
     pixels = np.linspace(-1, 1, 256, dtype=np.float32).reshape(1, 1, 16, 16)
     save_png(tmp_path / "a.png", to_uint8(pixels)[0], {"a": [1, None]})
     assert read_metadata(tmp_path / "a.png") == {"a": [1, None]}
-    np.testing.assert_allclose(load_pixels(tmp_path / "a.png", 1), pixels, atol=1e-6)
-    assert load_pixels(tmp_path / "a.png", 3).shape == (1, 3, 16, 16)
+    with ImageFile(tmp_path / "a.png", 1) as image:
+        np.testing.assert_allclose(image(0, 0, 16, 16), pixels, atol=1e-6)
+    with ImageFile(tmp_path / "a.png", 3) as image:
+        assert image(0, 0, 16, 16).shape == (1, 3, 16, 16)
     assert to_uint8(np.array([[[-9.0, 9.0]]], np.float32)).ravel().tolist() == [0, 255]
 
 

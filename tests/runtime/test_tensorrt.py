@@ -89,7 +89,9 @@ def opened(bundle: Path) -> Pipeline:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("more", [{}, {"continue_at": (6, 10), "continue_from": 2}])
+@pytest.mark.parametrize(
+    "more", [{}, {"continue_at": (6, 10), "continue_from": 2}, {"image": (60, 64)}]
+)
 def test_plans_draw_what_graphs_draw(
     bundle: Path, library: Library, eta: float, more: dict[str, Any]
 ) -> None:
