@@ -48,6 +48,7 @@ from runtime.manifest import (
 )
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+# `r2ir_response` stays fp32: its sums over all pixels are what an exact drawing rests on.
 HEAVY = (
     *("r2id", "r2ir_image_summary", "r2ir_encode"),
     *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),

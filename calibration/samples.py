@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from runtime import schedule
-from runtime.engines import Engine
+from runtime.coordinates import grid
 from runtime.manifest import Array, Manifest
 from runtime.pipeline import Pipeline, Size
 
@@ -27,7 +27,7 @@ class Samples:
     """Inputs of a bundle's heavy graphs, and the fp32 graphs' own outputs for them."""
 
     def __init__(self, manifest: Manifest):
-        self.pipeline = Recorder(manifest)
+        self.pipeline = Pipeline(manifest)
         labels = [i % manifest.model.condition.labels for i in range(PICTURES)]
         self.pictures = self.pipeline.generate(labels, steps=DRAWING_STEPS).images
         self.latents = self.pipeline.encode(self.pictures, manifest.model.default_latent)
@@ -38,25 +38,34 @@ class Samples:
         `sizes` has height and width (the graph's own grid), batch up to 3, and for the step
         graph conditions. `number` chooses its alpha_bar and noise.
         """
+        inputs = self._inputs(graph, sizes, number)
+        return inputs, self.pipeline.engine(graph).run(inputs)
+
+    def _inputs(self, graph: str, sizes: Mapping[str, int], number: int) -> Arrays:
         size, batch = (sizes["height"], sizes["width"]), sizes["batch"]
         pictures, latents = self.pictures[:batch], self.latents[:batch]
         if graph == "r2id":
-            self._step(self.pipeline.encode(pictures, size), sizes["conditions"], size, number)
-        elif graph == "r2ir_image_summary":
-            self.pipeline.encode(self.pipeline.decode(latents, size), (1, 1))
-        elif graph == "r2ir_encode":
-            self.pipeline.encode(pictures, size)
-        elif graph == "r2ir_latent_summary":
-            self.pipeline.decode(self.pipeline.encode(pictures, size), (1, 1))
-        else:
-            self.pipeline.decode(latents, size)
-        if graph == "r2ir_render":  # draws again what r2ir_decode drew, given its ratios
-            inputs, outputs = self.pipeline.recorded["r2ir_decode"]
-            self.pipeline.engine(graph).run({**inputs, "response": outputs["response"]})
-        return self.pipeline.recorded[graph]
+            latents = self.pipeline.encode(pictures, size)
+            return self._step(latents, sizes["conditions"], size, number)
+        at = {"coordinates": grid(*size)}
+        if graph == "r2ir_image_summary":
+            return {"pixels": self.pipeline.decode(latents, size), **at}
+        if graph == "r2ir_encode":
+            return self._sums("r2ir_image_summary", "pixels", pictures) | at
+        if graph == "r2ir_latent_summary":
+            return {"latent": self.pipeline.encode(pictures, size), **at}
+        inputs = self._sums("r2ir_latent_summary", "latent", latents) | at
+        if graph == "r2ir_render":  # draws again what r2ir_decode draws, given its ratios
+            inputs["response"] = self.pipeline.engine("r2ir_decode").run(inputs)["response"]
+        return inputs
 
-    def _step(self, latent: Array, conditions: int, size: Size, number: int) -> None:
-        """One run of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
+    def _sums(self, graph: str, name: str, values: Array) -> Arrays:
+        """The sums over the tokens of `values`, as the other graphs take them."""
+        at = grid(values.shape[2], values.shape[3])
+        return self.pipeline.engine(graph).run({name: values, "coordinates": at})
+
+    def _step(self, latent: Array, conditions: int, size: Size, number: int) -> Arrays:
+        """Inputs of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
         batch, labels = len(latent), self.pipeline.model.condition.labels
         one_hot = np.zeros((conditions, batch, labels), np.float32)
         for branch in range(1, conditions):  # branch 0 is the null condition
@@ -66,31 +75,4 @@ class Samples:
         noise = np.random.default_rng(number).standard_normal(latent.shape)
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
         inputs, film = self.pipeline.step_inputs(one_hot, size, TRAJECTORY_STEPS)
-        self.pipeline.engine("r2id").run(
-            {"latent": x.astype(np.float32), "film": film[step], **inputs}
-        )
-
-
-class Recorder(Pipeline):
-    """A pipeline that keeps what its graphs took and gave last: graph -> (inputs, outputs)."""
-
-    def __init__(self, manifest: Manifest):
-        super().__init__(manifest)
-        self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
-
-    def engine(self, graph: str) -> Engine:
-        return RecordingEngine(super().engine(graph), graph, self.recorded)
-
-
-class RecordingEngine:
-    """An engine that puts the inputs and outputs of each run into `record`."""
-
-    def __init__(self, engine: Engine, graph: str, record: dict[str, tuple[Arrays, Arrays]]):
-        self.engine, self.graph, self.record = engine, graph, record
-        self.provider = engine.provider
-
-    def run(self, inputs: Mapping[str, Array]) -> Arrays:
-        """As `Engine.run`."""
-        outputs = self.engine.run(inputs)
-        self.record[self.graph] = dict(inputs), outputs
-        return outputs
+        return {"latent": x.astype(np.float32), "film": film[step], **inputs}

@@ -1,4 +1,7 @@
-"""Draw the README's figure of both models, from a bundle: python docs/draw.py BUNDLE OUT.png."""
+"""Draw the README's figures from a bundle: python docs/draw.py BUNDLE FOLDER.
+
+`models.png` shows both models, `noise.png` the pictures of one seed at several sizes.
+"""
 
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from runtime import ddim, open_bundle
 from runtime.files import atomic_write
+from runtime.generate import PREVIEW_STEPS
 
 LABEL, LATENT, SEED, STEPS = 7, (8, 8), 4, 50
 SHOWN_STEPS = (0, 25, 38, 50)
@@ -98,5 +102,37 @@ def draw(bundle: Path, out: Path) -> None:
         figure.savefig(png, format="png", dpi=140)
 
 
+def draw_noise(bundle: Path, out: Path) -> None:
+    """A column per seed; rows of sizes by either kind of noise, and of a change of size."""
+    pipeline = open_bundle(bundle)
+    square: dict[str, Any] = {"image": (32, 32)}
+    coherent = square | {"noise": "coherent"}
+    larger = {"latent": (8, 8), "continue_at": (16, 16), "continue_from": STEPS // 2}
+    rows = [
+        *(
+            (f"{side} × {side}", {"latent": (side, side)} | square | {"noise": "independent"})
+            for side in (8, 12, 16)
+        ),
+        *((f"{side} × {side}", {"latent": (side, side)} | coherent) for side in (8, 12, 16)),
+        ("preview", {"latent": (8, 8), "steps": PREVIEW_STEPS} | coherent),
+        ("8 × 8, then\n16 × 16", larger | coherent),
+    ]
+    figure = Figure(figsize=(8, 0.75 * len(rows) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), 1)
+    for row, (name, options) in zip(axes, rows, strict=True):
+        images = pipeline.generate(list(range(10)), seed=SEED, **options).images
+        padded = np.pad(images, ((0, 0), (0, 0), (0, 0), (1, 1)), constant_values=0.0)
+        strip = np.concatenate(padded[:, 0], 1)
+        row.imshow(strip, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        row.set_xticks([])
+        row.set_yticks([])
+        row.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for first, title in ((0, "--noise independent"), (3, "--noise coherent")):
+        axes[first].set_title(title, fontsize=9, loc="left")
+    with atomic_write(out) as png:
+        figure.savefig(png, format="png", dpi=100)
+
+
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]), Path(sys.argv[2]))
+    draw(Path(sys.argv[1]), Path(sys.argv[2]) / "models.png")
+    draw_noise(Path(sys.argv[1]), Path(sys.argv[2]) / "noise.png")

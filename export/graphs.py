@@ -192,16 +192,23 @@ class ResamplerBlock(nn.Module):
         self.slopes = nn.ParameterList(1 + norm.gamma for norm in norms)
         self.outer = nn.Parameter(outer.clone())
 
+    def attend(self, x: Tensor, kv: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
+        """x `[B or 1, N, d]` and the first GRN's ratio `[B or 1, 1, d]` -> the second's input."""
+        queries = self.attention.queries(x * (1 + self.slopes[0] * ratio))
+        return x + self.attention.read(queries, kv, k)
+
+    def finish(self, x: Tensor, w: Tensor, ratio: Tensor) -> Tensor:
+        """x, w `[B or 1, N, d]` and the second GRN's ratio -> the block's output."""
+        return x + w * self.outer + self.ffn(w * (1 + self.slopes[1] * ratio))
+
     def forward(
         self, x: Tensor, kv: Tensor, k: Tensor, ratios: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x `[B or 1, N, d]` -> the block's output and both of its ratios `[B or 1, 1, d]`."""
         first = response_of(x) if ratios is None else ratios[0]
-        queries = self.attention.queries(x * (1 + self.slopes[0] * first))
-        w = x + self.attention.read(queries, kv, k)
+        w = self.attend(x, kv, k, first)
         second = response_of(w) if ratios is None else ratios[1]
-        out = x + w * self.outer + self.ffn(w * (1 + self.slopes[1] * second))
-        return out, first, second
+        return self.finish(x, w, second), first, second
 
 
 class SplitInput(nn.Module):
@@ -246,7 +253,7 @@ class ResamplerSummary(nn.Module):
 
 
 class ResamplerRead(nn.Module):
-    """`r2ir_encode`, `r2ir_decode` and `r2ir_render`.
+    """`r2ir_encode`, `r2ir_decode`, `r2ir_render` and `r2ir_response`.
 
     coordinates `[h, w, 4]`, kv `[B, L, d, d]`, k `[B, L, d]` -> values `[B, c, h, w]` and the
     ratios `response [B, L, 2, d]`; where these are given, no sum runs over the tokens.
@@ -262,10 +269,14 @@ class ResamplerRead(nn.Module):
         blocks: Iterable[Block] = r2ir.encoder if latent else r2ir.decoder  # type: ignore[assignment]
         self.blocks = nn.ModuleList(ResamplerBlock(block) for block in blocks)
 
+    def tokens(self, coordinates: Tensor) -> Tensor:
+        """coordinates `[h, w, 4]` -> the queries of the first block, `[1, N, d]`."""
+        return self.query_in(self.features(coordinates)).flatten(0, 1).unsqueeze(0)
+
     def run(
         self, coordinates: Tensor, kv: Tensor, k: Tensor, response: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x = self.query_in(self.features(coordinates)).flatten(0, 1).unsqueeze(0)  # [1, N, d]
+        x = self.tokens(coordinates)
         batch = kv[:, 0, :1, :] * 0  # [B, 1, d]: gives the first block's ratios their batch
         found = []
         for index, block in enumerate(self.blocks):
@@ -298,6 +309,27 @@ class Render(ResamplerRead):
 
     def forward(self, coordinates: Tensor, kv: Tensor, k: Tensor, response: Tensor) -> Tensor:
         return self.run(coordinates, kv, k, response)[0]
+
+
+class Response(ResamplerRead):
+    """`r2ir_response`: a tile's share of the ratios -> `squares_0`, `squares_1`, … each `[B, d]`.
+
+    squares_i is the mean square over the tile's tokens of what the i-th GRN takes, two in a block.
+    It needs the ratios of the GRNs before it alone, so one pass over the tiles finds the next.
+    """
+
+    def forward(
+        self, coordinates: Tensor, kv: Tensor, k: Tensor, response: Tensor
+    ) -> tuple[Tensor, ...]:
+        x = self.tokens(coordinates)
+        batch = kv[:, 0, 0, :] * 0  # [B, d]: gives the first its batch
+        squares = []
+        for index, block in enumerate(self.blocks):
+            first, second = response[:, index].split(1, 1)
+            w = block.attend(x, kv[:, index], k[:, index], first)
+            squares += [token_mean(t * t).squeeze(1) + batch for t in (x, w)]
+            x = block.finish(x, w, second)
+        return tuple(squares)
 
 
 class Position(nn.Module):

@@ -21,7 +21,7 @@ from runtime.profiles import Cost, Profile, covers
 Range = tuple[int, int]
 Size = tuple[int, int]
 # Graphs whose height and width are the image's; those of all others are the latent's.
-IMAGE_GRAPHS = ("r2ir_image_summary", "r2ir_decode", "r2ir_render")
+IMAGE_GRAPHS = ("r2ir_image_summary", "r2ir_decode", "r2ir_render", "r2ir_response")
 CANDIDATES = 40  # optima that are tried over a range
 SAMPLES = 24  # sizes per side that the expectation is taken over
 # What most requests have: a label and no label; 50 steps.

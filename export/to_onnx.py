@@ -139,6 +139,12 @@ def sources(models: Models) -> list[GraphSource]:
             {"coordinates": coordinates, **decoder, **response},
             {"pixels": pixels},
         ),
+        source(
+            "r2ir_response",
+            graphs.Response(models, "image"),
+            {"coordinates": coordinates, **decoder, **response},
+            {f"squares_{site}": ("batch", ir.width) for site in range(2 * ir.decoder_blocks)},
+        ),
     ]
 
 

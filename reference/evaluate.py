@@ -1,14 +1,18 @@
 """Measure and draw a checkpoint: python -m reference.evaluate --data DIR --out build/evaluation.
 
 Writes `report.json` and pictures: reconstruction error per latent size, eps loss over t, sheets
-over sizes and aspect ratios, latent channels, and the share of generated digits that a small
-classifier reads as the label that was asked for. With --bundle the digits are drawn by the graphs
-exported from the checkpoint, in any of their precisions: what users run, and faster on a CPU.
-Stopped and started again with the same options, it goes on after what the report holds.
+over sizes and aspect ratios, latent channels, the share of generated digits that a small
+classifier reads as the label that was asked for, and how much alike the digits of one seed are at
+different sizes by either kind of noise. With --bundle the digits are drawn by the graphs exported
+from the checkpoint, in any of their precisions: what users run, and faster on a CPU; it also
+measures what it costs to change the latent's size on the way. Stopped and started again with the
+same options, it goes on after what the report holds.
 """
 
 import argparse
 import json
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +35,7 @@ from runtime.engines import EngineOptions
 from runtime.errors import UsageError
 from runtime.files import atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
-from runtime.noise import NoiseStreams
+from runtime.noise import COHERENT, KINDS, NoiseStreams
 from runtime.pipeline import Pipeline, open_bundle
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
@@ -42,6 +46,11 @@ GENERATION_SIZES = (
     *((9, 6), (6, 9), (16, 9), (9, 16)),
 )
 SCRAPE_SIZES = ((4, 4), (8, 8))
+# The first is what the digits of the others are compared with.
+NOISE_SIZES = ((8, 8), (6, 6), (12, 12), (16, 16), (9, 16))
+NOISE_DIGITS = 100  # at most: enough for a mean over pairs of pictures
+CONTINUED = ((8, 8), (16, 16))
+CONTINUED_FROM = (0, 0.25, 0.5, 0.75, 1)  # shares of the steps at the smaller latent
 SHEET_SIZES = ((4, 4), (8, 8), (16, 16), (9, 6), (6, 9), (16, 9), (9, 16), (24, 24))
 SCRAPE_POINTS = 20
 CLASSIFIER_STEPS = 1500
@@ -150,13 +159,21 @@ def t_scrape(models: Models, test: Images, size: Size, limit: int) -> dict[str, 
 
 
 def generated(
-    models: Models, labels: Tensor, size: Size, args: argparse.Namespace, desc: str
+    models: Models,
+    labels: Tensor,
+    size: Size,
+    args: argparse.Namespace,
+    desc: str,
+    kind: str = COHERENT,
 ) -> tuple[Tensor, Tensor]:
     """One digit per label: images `[B, c, h, w]` of the latent's aspect, latents `[B, C, H, W]`."""
     draw = draw_with_graphs if args.graphs else draw_with_torch
     parts = batches(len(labels), size)
     with tqdm(total=len(parts) * args.steps, desc=desc, unit="step") as bar:
-        made = [draw(models, labels, part, size, args, lambda step: bar.update()) for part in parts]
+        made = [
+            draw(models, labels, part, size, kind, args, lambda step: bar.update())
+            for part in parts
+        ]
     images, latents = zip(*made, strict=True)
     return torch.cat(images), torch.cat(latents)
 
@@ -166,15 +183,17 @@ def draw_with_torch(
     labels: Tensor,
     part: slice,
     size: Size,
+    kind: str,
     args: argparse.Namespace,
     on_step: Callable[[int], object],
 ) -> tuple[Tensor, Tensor]:
     """Images and latents of `labels[part]`, by the models themselves."""
     own = F.one_hot(labels[part], models.config.condition.labels).float()
     shape = (models.config.r2id.latent_channels, *size)
-    start = torch.from_numpy(NoiseStreams(SEED, range(part.start, part.stop), shape).draw())
+    streams = NoiseStreams(SEED, range(part.start, part.stop), shape, kind)
     denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), args.steps)
     weights = (1 - args.guidance, args.guidance)
+    start = torch.from_numpy(streams.draw())
     latent = ddim.sample(denoise, start, args.steps, weights, on_step=on_step).x
     return models.r2ir.decode(latent, canvas(size, IMAGE_SIDE)), latent
 
@@ -184,21 +203,30 @@ def draw_with_graphs(
     labels: Tensor,
     part: slice,
     size: Size,
+    kind: str,
     args: argparse.Namespace,
     on_step: Callable[[int], object],
 ) -> tuple[Tensor, Tensor]:
     """The same by the bundle's graphs."""
     made = args.graphs.generate(
-        labels[part].tolist(),
+        **request(labels, part, args),
         latent=size,
         image=canvas(size, IMAGE_SIDE),
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        seed=SEED,
-        first_index=part.start,
+        noise=kind,
         on_step=on_step,
     )
     return torch.from_numpy(made.images), torch.from_numpy(made.latents)
+
+
+def request(labels: Tensor, part: slice, args: argparse.Namespace) -> dict[str, Any]:
+    """What `Pipeline.generate` draws `labels[part]` with, at any size."""
+    return {
+        "labels": labels[part].tolist(),
+        "steps": args.steps,
+        "guidance_scale": args.guidance,
+        "seed": SEED,
+        "first_index": part.start,
+    }
 
 
 def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Pipeline | None:
@@ -222,6 +250,70 @@ def digits_read(models: Models, classifier: Classifier, size: Size, args: Any) -
     share = (read(classifier, images) == labels).float().mean().item()
     tqdm.write(f"  {name_of(size)}: {share:.1%} read right")
     return share
+
+
+def judged(
+    classifier: Classifier, images: Tensor, labels: Tensor, others: Tensor
+) -> dict[str, float]:
+    """The share read as their label; PSNR and correlation of each with the other image's middle.
+
+    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1].
+    """
+    right = (read(classifier, images) == labels).float().mean().item()
+    a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
+    error = F.mse_loss(a, b).item()
+    alike = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
+    return {
+        "read_right": right,
+        "psnr": 10 * math.log10(4 / max(error, 1e-10)),
+        "correlation": alike.mean().item(),
+    }
+
+
+def same_picture(
+    models: Models, classifier: Classifier, kind: str, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """What `judged` finds of digits of noise `kind` per size, against the first size's."""
+    labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
+    drawn = {
+        name: generated(models, labels, size, args, f"{kind} {name}", kind)[0]
+        for name, size in ((name_of(size), size) for size in NOISE_SIZES)
+    }
+    first = drawn[name_of(NOISE_SIZES[0])]
+    return {name: judged(classifier, images, labels, first) for name, images in drawn.items()}
+
+
+def continued(classifier: Classifier, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Digits whose first steps run at a smaller latent, by the step at which the larger goes on.
+
+    Beside what `judged` finds (against the larger latent alone) the seconds per digit. By the
+    graphs alone, which is where the change of size is made.
+    """
+    labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
+    found: dict[str, dict[str, float]] = {}
+    stops = dict.fromkeys(round(share * args.steps) for share in CONTINUED_FROM)
+    for stop in tqdm(stops, desc="continued", unit="size"):
+        started = time.perf_counter()
+        parts = batches(len(labels), CONTINUED[1])
+        images = torch.cat([continued_at(labels, part, stop, args) for part in parts])
+        seconds = (time.perf_counter() - started) / len(labels)
+        if not found:
+            whole = images
+        measures = judged(classifier, images, labels, whole)
+        found[str(stop)] = measures | {"seconds": seconds}
+    return found
+
+
+def continued_at(labels: Tensor, part: slice, stop: int, args: argparse.Namespace) -> Tensor:
+    """Images `[B, c, h, w]`: steps up to `stop` at `CONTINUED[0]`, the rest at `CONTINUED[1]`."""
+    small, large = CONTINUED
+    if 0 < stop < args.steps:
+        sizes: dict[str, Any] = {"latent": small, "continue_at": large, "continue_from": stop}
+    else:
+        sizes = {"latent": small if stop else large}
+    wanted = request(labels, part, args) | sizes
+    made = args.graphs.generate(**wanted, image=canvas(large, IMAGE_SIDE))
+    return torch.from_numpy(made.images)
 
 
 def read(classifier: Classifier, images: Tensor) -> Tensor:
@@ -309,6 +401,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "drawn_by": f"graphs in {args.precision}" if args.graphs else "PyTorch",
         "steps": args.steps,
         "guidance_scale": args.guidance,
+        "noise": COHERENT,
         "digits_per_size": args.digits,
         "test_images": limit,
     }
@@ -328,12 +421,17 @@ def evaluate(args: argparse.Namespace) -> None:
     for size in GENERATION_SIZES:
         share = partial(digits_read, models, classifier, size, args)
         report.take("digits_read_right", name_of(size), share)
+    for kind in KINDS:
+        report.take("same_picture", kind, partial(same_picture, models, classifier, kind, args))
+    if args.graphs:
+        names = " then ".join(map(name_of, CONTINUED))
+        report.take("continued", names, partial(continued, classifier, args))
     print_report(report.found)
     print(f"report and pictures: {args.out}")
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """The report's two tables."""
+    """The report's tables."""
     settings, accuracy = report["settings"], report["classifier_accuracy"]["test_images"]
     print(f"\nR2IR reconstruction, {settings['test_images']} test images")
     for size, error in report["reconstruction_mse"].items():
@@ -345,6 +443,21 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for size, share in report["digits_read_right"].items():
         print(f"  {size:>6}  {share:.1%}")
+    print(f"likeness to the digits of the same seeds at {name_of(NOISE_SIZES[0])}")
+    for kind, sizes in report["same_picture"].items():
+        for size, found in sizes.items():
+            print(f"  {size:>6}  {kind:11}  {likeness(found)}")
+    for sizes, stops in report.get("continued", {}).items():
+        print(f"steps at the first of {sizes}, and likeness to the second alone")
+        for stop, found in stops.items():
+            print(f"  {stop:>6}  {likeness(found)}, {found['seconds']:.3f} s a digit")
+
+
+def likeness(found: dict[str, float]) -> str:
+    return (
+        f"correlation {found['correlation']:.3f}, PSNR {found['psnr']:.1f} dB, "
+        f"{found['read_right']:.1%} read right"
+    )
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "bf16")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
+MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> NoReturn:
@@ -69,6 +70,24 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
 
 
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that draws an image from a latent."""
+    parser.add_argument("--crop", type=crop, help="draw top,left,height,width of the image alone")
+    # None where it was not given, so that a PNG's metadata can say it.
+    parser.add_argument(
+        "--exact",
+        action="store_const",
+        const=True,
+        help="GRN ratios from every pixel in several passes, not from a sample",
+    )
+    parser.add_argument(
+        "--memory",
+        type=memory,
+        help="what the process may hold, as in 500MB or 2GB: chooses the tiles (some 350MB more "
+        "than the graphs take)",
+    )
+
+
 def open_bundle(args: argparse.Namespace) -> "Pipeline":
     """The bundle that `add_engine_options` asked for; see `runtime.open_bundle`."""
     from runtime.engines import EngineOptions
@@ -102,6 +121,25 @@ def size(text: str) -> tuple[int, int]:
             "as in 8x8 or 16x9"
         )
     return sides
+
+
+def memory(text: str) -> int:
+    """Bytes, given as megabytes or gigabytes."""
+    match = MEMORY.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected one as in 500MB or 2GB")
+    return int(float(match[1]) * {"MB": 1_000_000, "GB": 1_000_000_000}[match[2]])
+
+
+def crop(text: str) -> tuple[int, int, int, int]:
+    """top,left,height,width in pixels."""
+    numbers = re.fullmatch(r"(\d{1,7}),(\d{1,7}),(\d{1,7}),(\d{1,7})", text)
+    if not numbers:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no crop; expected top,left,height,width as in 0,0,256,256"
+        )
+    top, left, height, width = map(int, numbers.groups())
+    return top, left, height, width
 
 
 def integers(text: str) -> list[int]:

@@ -18,16 +18,39 @@ def axis(count: int, half_span: float) -> NDArray[np.float64]:
     return np.linspace(-half_span + MARGIN, half_span - MARGIN, count, dtype=np.float64)
 
 
+class Grid:
+    """The coordinates of a height × width grid, of which a part is made when it is asked for.
+
+    A pixel's coordinates are its row's and its column's, so a tile of a grid of any size holds
+    exactly what the whole grid would hold there. Computed in float64 and rounded once. Source: the
+    specification's "Coordinates".
+    """
+
+    def __init__(self, height: int, width: int):
+        longer = max(height, width)
+        self.rows = _both(height, 0.5 * height / longer)  # [height, 2] float32: square y, edge y
+        self.columns = _both(width, 0.5 * width / longer)  # [width, 2] float32: square x, edge x
+
+    def at(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Coordinates of single pixels: two arrays of one shape -> `[*shape, 4]` float32."""
+        y, x = self.rows[rows], self.columns[columns]
+        return np.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], -1)
+
+    def window(self, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
+        """Coordinates of a rectangle of pixels, `[height, width, 4]` float32 in [-0.5, 0.5]."""
+        out = np.empty((height, width, 4), np.float32)
+        out[..., 0::2] = self.columns[left : left + width]
+        out[..., 1::2] = self.rows[top : top + height, None]
+        return out
+
+
 def grid(height: int, width: int) -> NDArray[np.float32]:
-    """Coordinates of a height × width grid.
+    """Coordinates of a whole height × width grid.
 
     Returns `[height, width, 4]` float32 in [-0.5, 0.5]: square x, square y, edge x, edge y.
-    Computed in float64 and rounded once. Source: the specification's "Coordinates".
     """
-    longer = max(height, width)
-    out = np.empty((height, width, 4), np.float64)
-    out[..., 0] = axis(width, 0.5 * width / longer)
-    out[..., 1] = axis(height, 0.5 * height / longer)[:, None]
-    out[..., 2] = axis(width, 0.5)
-    out[..., 3] = axis(height, 0.5)[:, None]
-    return out.astype(np.float32)
+    return Grid(height, width).window(0, 0, height, width)
+
+
+def _both(count: int, half_span: float) -> NDArray[np.float32]:
+    return np.stack([axis(count, half_span), axis(count, 0.5)], -1).astype(np.float32)

@@ -47,6 +47,11 @@ def predict_x0(x: Any, eps: Any, alpha_bar: float) -> Any:
     return (x - eps * math.sqrt(1 - alpha_bar)) / (math.sqrt(alpha_bar) + EPSILON)
 
 
+def predict_eps(x: Any, x0: Any, alpha_bar: float) -> Any:
+    """eps = (x - sqrt(a) · x0) / (sqrt(1 - a) + 1e-6)."""
+    return (x - x0 * math.sqrt(alpha_bar)) / (math.sqrt(1 - alpha_bar) + EPSILON)
+
+
 def sigma(alpha_bar: float, next_alpha_bar: float, eta: float) -> float:
     """Standard deviation of the noise that a step adds; 0 where eta is 0."""
     posterior = max(0.0, (1 - next_alpha_bar) / (1 - alpha_bar + EPSILON))
@@ -76,15 +81,19 @@ def sample(
     eta: float = 0.0,
     noise: Callable[[int], Any] | None = None,
     on_step: Callable[[int], object] | None = None,
+    first: int = 0,
+    last: int | None = None,
 ) -> Sample:
     """Run `steps` DDIM steps from noise `x` and estimate x0 once more at t = 0.
 
     `denoise(x, step)` returns one eps per guidance branch, `weights` says how they combine.
     `noise(step)` gives unit noise shaped as x and is asked only where eta > 0. `on_step(step)`
-    is called after each step. Raises NumericalError where x leaves the finite numbers.
+    is called after each step. `first` and `last` run a part: from x at step `first` to x and x0 at
+    step `last`. Raises NumericalError where x leaves the finite numbers.
     """
+    last = steps if last is None else last
     alpha_bars = [float(a) for a in sampling_alpha_bar(steps)]
-    for step, (a, a_next) in enumerate(pairwise(alpha_bars)):
+    for step, (a, a_next) in enumerate(pairwise(alpha_bars[first : last + 1]), first):
         keep, move, spread = step_weights(a, a_next, eta)
         x = x * keep + guide(denoise(x, step), weights) * move
         if spread > 0 and noise is not None:
@@ -92,7 +101,7 @@ def sample(
         require_finite(x, f"step {step + 1} of {steps}")
         if on_step is not None:
             on_step(step)
-    x0 = predict_x0(x, guide(denoise(x, steps), weights), alpha_bars[-1])
+    x0 = predict_x0(x, guide(denoise(x, last), weights), alpha_bars[last])
     require_finite(x0, "the last estimate of x0")
     return Sample(x, x0)
 

@@ -24,8 +24,14 @@ def sha256(data: bytes) -> str:
 
 def read_bytes(path: Path, what: str, remedy: str) -> bytes:
     """The bytes of a file; raises ArtefactError naming `what` it should hold and the remedy."""
+    with open_file(path, what, remedy) as file:
+        return file.read()
+
+
+def open_file(path: Path, what: str, remedy: str) -> IO[bytes]:
+    """A file opened for reading; raises ArtefactError as `read_bytes` does."""
     try:
-        return path.read_bytes()
+        return path.open("rb")
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file; expected {what}. {remedy}") from None
     except IsADirectoryError:

@@ -2,30 +2,38 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import cli
 from runtime.errors import ArtefactError, UsageError
 from runtime.files import check_writable
+from runtime.render import Drawing
 
 if TYPE_CHECKING:
     from runtime.pipeline import Label, Pipeline
+    from runtime.png import Rows
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
+PREVIEW_SIDE, PREVIEW_STEPS = 8, 16  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
     "label": None,
     "count": 1,
     "latent": None,
     "image": None,
+    "crop": None,
+    "exact": False,
     "steps": 50,
     "guidance": 2.0,
     "eta": 0.0,
     "seed": 0,
     "first_index": 0,
+    "noise": "coherent",
+    "continue_at": None,
+    "continue_from": None,
 }
 TERM = re.compile(r"(\d{1,6})(?:\*(\d*\.?\d+))?")
 
@@ -59,9 +67,18 @@ def parser() -> argparse.ArgumentParser:
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), help="seed of the noise (0)")
     add("--first-index", type=cli.number(0, 1 << 40, int), help="index of the first image (0)")
+    kinds = ("coherent", "independent")
+    add("--noise", choices=kinds, help="coherent: one seed, one picture at any size (coherent)")
+    larger = "HxW of a larger latent, which takes the steps from --continue-from on"
+    add("--continue-at", type=cli.size, help=larger)
+    add("--continue-from", type=cli.number(1, 10_000, int), help="step number (half the steps)")
+    few = f"{PREVIEW_STEPS} steps at a latent {PREVIEW_SIDE} cells high or wide"
+    add("--preview", action="store_true", help=f"first write OUT-preview.png: {few}")
+    add("--state", type=Path, help="also keep what runtime.render draws from, as NAME.npz")
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
     add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
+    cli.add_drawing_options(p)
     cli.add_engine_options(p)
     return p
 
@@ -83,7 +100,10 @@ def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
     """The request in a PNG's metadata; raises ArtefactError where it is not whole."""
     try:
         return {key: _from_json(key, metadata["request"][key]) for key in DEFAULTS}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (
+        *(KeyError, TypeError, ValueError, IndexError, AttributeError),
+        argparse.ArgumentTypeError,
+    ) as error:
         raise ArtefactError(
             f"{png}: its metadata holds no whole request ({type(error).__name__}: {error}); "
             "expected a PNG made by runtime.generate, unaltered"
@@ -102,9 +122,15 @@ def made_in(png: Path, metadata: dict[str, Any]) -> str:
 
 
 def _from_json(key: str, value: Any) -> Any:
-    if key in ("latent", "image"):
+    if value is None and key.startswith("continue"):
+        return None
+    if key == "continue_from":
+        return int(value)
+    if key in ("latent", "image", "continue_at"):
         height, width = value
         return int(height), int(width)
+    if key == "crop":
+        return None if value is None else cli.crop(",".join(map(str, value)))
     if key == "label":
         return [_label_from_json(label) for label in value]
     return type(DEFAULTS[key])(value)
@@ -140,11 +166,56 @@ def generate(args: argparse.Namespace) -> None:
     each: list[Label] = [label for label in wanted["label"] for _ in range(wanted["count"])]
     if len(each) > MOST_IMAGES:
         raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
-    settings = {k: wanted[k] for k in ("latent", "image", "steps", "eta", "seed")}
-    settings["guidance_scale"] = wanted["guidance"]
-    pipeline.check_request(each, **settings, batch=args.batch)
-    paths = output_paths(args.out, len(each), wanted["first_index"])
-    draw(pipeline, wanted, each, settings, paths, args.batch)
+    runs = [(wanted, args.out)]
+    if args.preview:
+        runs.insert(0, (preview(pipeline, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
+    for own, _ in runs:
+        pipeline.check_request(each, **settings(own), image=own["image"], batch=args.batch)
+    drawings = [
+        Drawing(pipeline, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
+    ]
+    paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
+    if args.state is not None:
+        check_state(args.state)
+    for drawing in drawings:
+        drawing.check()
+    for (own, _), drawing, files in zip(runs, drawings, paths, strict=True):
+        latents = draw(drawing, own, each, files, args.batch)
+    if args.state is not None:
+        pipeline.state(latents, describe(pipeline, wanted)).save(args.state)
+
+
+def settings(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The part of a request that all its images share, as `Pipeline.diffuse` names it."""
+    names = ("latent", "steps", "eta", "seed", "noise", "continue_at", "continue_from")
+    return {name: wanted[name] for name in names} | {"guidance_scale": wanted["guidance"]}
+
+
+def preview(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
+    """The request at a small latent and image and with few steps: the same pictures, rougher."""
+    small = shrunk(wanted["continue_at"] or wanted["latent"], PREVIEW_SIDE)
+    image = shrunk(wanted["image"], PREVIEW_SIDE * pipeline.model.pixels_per_latent)
+    if wanted["noise"] == "independent" and small != wanted["latent"]:
+        raise UsageError(
+            f"--preview draws at {small[0]}x{small[1]}, where independent noise makes another "
+            "picture; expected --noise coherent"
+        )
+    size = {"latent": small, "image": image, "continue_at": None, "continue_from": None}
+    size["crop"] = None
+    return wanted | size | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
+
+
+def shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size of the same aspect whose shorter side is at most `side`."""
+    scale = min(1.0, side / min(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def check_state(path: Path) -> None:
+    """Raise UsageError or ResourceError where no state can be written."""
+    if path.suffix.lower() != ".npz":
+        raise UsageError(f"--state {path}: expected a name that ends in .npz")
+    check_writable(path)
 
 
 def check_bundle(pipeline: "Pipeline", png: Path) -> None:
@@ -166,44 +237,53 @@ def resolve(pipeline: "Pipeline", wanted: dict[str, Any]) -> None:
     if wanted["label"] is None:
         wanted["label"] = list(range(pipeline.model.condition.labels))
     wanted["latent"] = wanted["latent"] or pipeline.model.default_latent
-    wanted["image"] = wanted["image"] or pipeline.image_size(wanted["latent"])
+    largest = wanted["continue_at"] or wanted["latent"]
+    wanted["image"] = wanted["image"] or pipeline.image_size(largest)
+    if wanted["continue_at"]:
+        wanted["continue_from"] = wanted["continue_from"] or wanted["steps"] // 2
 
 
 def draw(
-    pipeline: "Pipeline",
+    drawing: Drawing,
     wanted: dict[str, Any],
     each: "list[Label]",
-    settings: dict[str, Any],
     paths: list[Path],
     batch: int,
-) -> None:
-    """Draw every image in batches; single files are written as soon as they are drawn."""
+) -> Any:
+    """Draw every image in batches; single files are written as soon as they are drawn.
+
+    Returns the latents, float32 `[N, C, H, W]`.
+    """
     import numpy as np
     from tqdm import tqdm
 
-    from runtime.images import contact_sheet, save_png, to_uint8
-
-    sheet: list[Any] = []
-    total = -(-len(each) // batch) * settings["steps"]
+    pipeline = drawing.pipeline
+    latents: list[Any] = []  # [1, C, H, W] of each image
+    total = -(-len(each) // batch) * wanted["steps"]
     with tqdm(total=total, desc="generate", unit="step") as bar:
         for start in range(0, len(each), batch):
             own = each[start : start + batch]
             index = wanted["first_index"] + start
-            made = pipeline.generate(
-                own, **settings, first_index=index, on_step=lambda step: bar.update()
+            made = pipeline.diffuse(
+                own, **settings(wanted), first_index=index, on_step=lambda step: bar.update()
             )
-            images = to_uint8(made.images)
-            if len(paths) < len(each):
-                sheet.append(images)
-                continue
-            for offset, image in enumerate(images):
+            latents += np.split(made, len(made))
+            for offset in range(len(own) if len(paths) == len(each) else 0):
                 single = {"label": [own[offset]], "count": 1, "first_index": index + offset}
-                save_png(paths[start + offset], image, describe(pipeline, wanted | single))
-    if sheet:
+                metadata = describe(pipeline, wanted | single)
+                image = drawn(drawing, latents[start + offset])
+                drawing.save(paths[start + offset], [image], 1, metadata)
+    if len(paths) < len(each):
         columns = wanted["count"] if 1 < wanted["count"] <= 2 * SHEET_COLUMNS else SHEET_COLUMNS
-        whole = contact_sheet(np.concatenate(sheet), min(columns, len(each)))
-        save_png(paths[0], whole, describe(pipeline, wanted))
+        images = [drawn(drawing, latent) for latent in latents]
+        drawing.save(paths[0], images, columns, describe(pipeline, wanted))
     print(f"{paths[0]}" + (f" … {paths[-1]}" if len(paths) > 1 else ""))
+    return np.concatenate(latents)
+
+
+def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
+    """The bands of one latent's image; its state is made when the first is asked for."""
+    yield from drawing.bands(drawing.pipeline.state(latent))
 
 
 def describe(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:

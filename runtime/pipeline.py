@@ -3,11 +3,13 @@
 Letters: B images, K conditions, C latent channels, c colours, H × W latent, h × w pixels.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +25,29 @@ from runtime.engines import (
 )
 from runtime.errors import ArtefactError, UsageError
 from runtime.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
-from runtime.noise import LARGEST_SEED, NoiseStreams
+from runtime.noise import COHERENT, KINDS, LARGEST_SEED, NoiseStreams, refine
 from runtime.profiles import choose
+from runtime.providers import PROVIDERS
+from runtime.state import DecodeState
+from runtime.tiles import (
+    DEFAULT_ROOM,
+    Read,
+    Resampler,
+    Size,
+    check_memory,
+    graphs_for,
+    resident,
+    window_of,
+    windows_of,
+)
 
-Size = tuple[int, int]
+Crop = tuple[int, int, int, int]
 # One image's condition: a label's number, several with weights, or None for no condition.
 Label = int | Mapping[int, float] | None
 
 MOST_STEPS = 10_000
-GENERATING = (
-    *("r2id_condition", "r2id_film", "r2id_position", "r2id"),
-    *("r2ir_latent_summary", "r2ir_decode"),
-)
+ENCODING = ("r2ir_image_summary", "r2ir_encode")
+DIFFUSING = ("r2id_condition", "r2id_film", "r2id_position", "r2id")
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Pipeline:
         self.model = manifest.model
         self._engines: dict[str, Engine] = {}
         self._opening = threading.Lock()
+        self._held: int | None = None  # bytes in memory before the first tile
 
     def engine(self, graph: str) -> Engine:
         """The engine of a graph, opened on first use."""
@@ -92,9 +106,11 @@ class Pipeline:
         with self._opening:
             return "+".join(sorted({engine.provider for engine in self._engines.values()}))
 
-    def noise(self, seed: int, indices: Sequence[int], latent: Size) -> NoiseStreams:
-        """The noise streams of images `indices` at a latent size."""
-        return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent))
+    def noise(
+        self, seed: int, indices: Sequence[int], latent: Size, kind: str = COHERENT
+    ) -> NoiseStreams:
+        """The noise of images `indices` at a latent size; `kind` as in `runtime.noise`."""
+        return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent), kind)
 
     def image_size(self, latent: Size) -> Size:
         """The image size that a latent of this size was trained to decode to."""
@@ -117,50 +133,136 @@ class Pipeline:
         seed: int = 0,
         first_index: int = 0,
         on_step: Callable[[int], object] | None = None,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
     ) -> Generated:
         """Draw one image per entry of `labels` as one batch.
 
-        Image i has the noise of (seed, first_index + i). `image` defaults to the training ratio
-        of `latent`. guidance_scale 1 runs the condition alone, 0 the null condition alone.
-        Raises UsageError before any engine is opened, NumericalError naming the step.
+        Image i has the noise of (seed, first_index + i), of the kind `noise`. `image` defaults to
+        the training ratio of the latent. guidance_scale 1 runs the condition alone, 0 the null
+        condition alone. With `continue_at` the steps from `continue_from` on (default: half of
+        them) run at that larger latent. Raises UsageError before any engine is opened,
+        NumericalError naming the step.
         """
         latent = latent or self.model.default_latent
-        image = image or self.image_size(latent)
-        self.check_request(labels, latent, image, steps, guidance_scale, eta, seed)
-        for graph in GENERATING:  # a damaged file shows before any work, not after it
+        image = image or self.image_size(continue_at or latent)
+        sizes = (continue_at, continue_from)
+        self.check_request(labels, latent, image, steps, guidance_scale, eta, seed, noise, *sizes)
+        for graph in self.drawing_graphs(image):
             self.engine(graph)
-        indices = range(first_index, first_index + len(labels))
-        noise = self.noise(seed, indices, latent)
-        x = self.sample(labels, noise, latent, steps, guidance_scale, eta, on_step)
+        x = self.diffuse(
+            *(labels, latent, steps, guidance_scale, eta, seed, first_index, on_step),
+            *(noise, *sizes),
+        )
         return Generated(self.decode(x, image), x)
 
-    def sample(
+    def diffuse(
         self,
         labels: Sequence[Label],
-        noise: NoiseStreams,
         latent: Size,
         steps: int,
         guidance_scale: float,
         eta: float,
-        on_step: Callable[[int], object] | None,
+        seed: int,
+        first_index: int = 0,
+        on_step: Callable[[int], object] | None = None,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
     ) -> NDArray[np.float32]:
-        """The latent `[B, C, H, W]` after `steps` DDIM steps, on the device where it can stay."""
-        conditions, weights = self.branches(labels, guidance_scale)
+        """The latents `[B, C, H, W]` of a request that was checked; see `generate`."""
+        for graph in DIFFUSING + (ENCODING if continue_at else ()):
+            self.engine(graph)  # a damaged file shows before any work, not after it
+        stop = self.continuation(latent, steps, continue_at, continue_from)
+        indices = range(first_index, first_index + len(labels))
+        streams = self.noise(seed, indices, latent, noise)
+        guided = self.branches(labels, guidance_scale)
+        x = self.sample(streams.draw(), streams, guided, steps, eta, on_step, (0, stop))
+        if continue_at is None:
+            return x
+        denoise = self.denoiser(guided[0], latent, steps)
+        part = ddim.sample(denoise, x, steps, guided[1], first=stop, last=stop)
+        streams = self.noise(seed, indices, continue_at, noise)
+        x = self.enlarge(part, stop, steps, streams.draw())
+        return self.sample(x, streams, guided, steps, eta, on_step, (stop, steps))
+
+    def sample(
+        self,
+        x: Array,
+        streams: NoiseStreams,
+        guided: tuple[Array, list[NDArray[np.float32]]],
+        steps: int,
+        eta: float,
+        on_step: Callable[[int], object] | None,
+        part: tuple[int, int],
+    ) -> NDArray[np.float32]:
+        """`x` `[B, C, H, W]` after DDIM steps, on the device where it can stay.
+
+        `guided`: conditions and weights, as `branches` gives them. `part`: the first step and the
+        one before which to stop, of `steps`.
+        """
+        (conditions, weights), engine = guided, self.engine("r2id")
+        size = (x.shape[2], x.shape[3])
+        if isinstance(engine, SamplingEngine):
+            inputs, film = self.step_inputs(conditions, size, steps)
+            updates = self.updates(film, weights, streams, steps, eta, part)
+            first = next(updates)
+            given = {"latent": x, **inputs, **first}
+            return engine.sample(given, chain([first], updates), on_step, part[0])
+
+        def fresh(step: int) -> Array:
+            return streams.draw(step + 1)
+
+        denoise = self.denoiser(conditions, size, steps)
+        made = ddim.sample(denoise, x, steps, weights, eta, fresh, on_step, *part)
+        return np.asarray(made.x, np.float32)
+
+    def denoiser(self, conditions: Array, latent: Size, steps: int) -> ddim.Denoiser:
+        """eps of `r2id` with all that outlives a step computed here."""
         inputs, film = self.step_inputs(conditions, latent, steps)
         engine = self.engine("r2id")
-        start = noise.draw()
-        if isinstance(engine, SamplingEngine):
-            updates = self.updates(film, weights, noise, steps, eta)
-            first = next(updates)
-            given = {"latent": start, **inputs, **first}
-            return engine.sample(given, chain([first], updates), on_step)
 
         def denoise(x: Array, step: int) -> Array:
             return engine.run({"latent": x, "film": film[step], **inputs})["eps"]
 
-        return ddim.sample(
-            denoise, start, steps, weights, eta, lambda step: noise.draw(), on_step
-        ).x
+        return denoise
+
+    def enlarge(self, part: ddim.Sample, step: int, steps: int, noise: Array) -> Array:
+        """x of `step` at the larger size of `noise` `[B, C, H, W]`, from a sample at that step.
+
+        x = sqrt(a) · x0 + sqrt(1 - a) · eps there as here: R2IR enlarges the estimate of x0, and
+        the estimate of eps becomes the coarse part of `noise`, so that the variance stays 1 - a.
+        """
+        height, width = noise.shape[2:]
+        a = float(schedule.sampling_alpha_bar(steps)[step])
+        x0 = self.encode(self.decode(part.x0, self.image_size((height, width))), (height, width))
+        eps = refine(ddim.predict_eps(part.x, part.x0, a), noise)
+        return np.asarray(x0 * math.sqrt(a) + eps * math.sqrt(1 - a), np.float32)
+
+    def continuation(
+        self, latent: Size, steps: int, continue_at: Size | None, continue_from: int | None
+    ) -> int:
+        """The step from which `continue_at` is the latent's size, `steps` where it never is.
+
+        Raises UsageError where steps at `latent` cannot go on at `continue_at`.
+        """
+        if continue_at is None:
+            if continue_from is not None:
+                raise UsageError("continue_from is given alone; expected continue_at with it")
+            return steps
+        (height, width), (larger, wider) = latent, continue_at
+        if larger <= height or larger * width != wider * height:
+            raise UsageError(
+                f"continue_at is {larger}x{wider}; expected a larger size of the aspect of the "
+                f"latent {height}x{width}, as {2 * height}x{2 * width}"
+            )
+        stop = steps // 2 if continue_from is None else continue_from
+        if not 0 < stop < steps:
+            raise UsageError(
+                f"continue_from is {stop} of {steps} steps; expected some before and some after it"
+            )
+        return stop
 
     def check_request(
         self,
@@ -171,6 +273,9 @@ class Pipeline:
         guidance_scale: float,
         eta: float,
         seed: int,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
         batch: int | None = None,
     ) -> None:
         """Raise UsageError for a request that the bundle cannot meet.
@@ -186,6 +291,8 @@ class Pipeline:
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; expected {low} to {high}")
+        if noise not in KINDS:
+            raise UsageError(f"noise is {noise!r}; expected {' or '.join(KINDS)}")
         if not labels:
             raise UsageError("no label is given; expected one per image, None for no condition")
         count = self.model.condition.labels
@@ -199,12 +306,20 @@ class Pipeline:
         conditions = self.branches(labels, guidance_scale)[0]
         unique = np.unique(conditions.reshape(-1, count), axis=0)
         images = min(len(labels), batch or len(labels))
-        self.check_size("r2id", latent, batch=images, conditions=len(conditions))
-        self.check_size("r2id_position", latent)
+        for size in (latent, continue_at or latent):
+            self.check_size("r2id", size, batch=images, conditions=len(conditions))
+            self.check_size("r2id_position", size)
         self.check_size("r2id_film", latent, steps=steps + 1)
         self.check_size("r2id_condition", latent, conditions=len(unique))
-        self.check_size("r2ir_latent_summary", latent, batch=images)
-        self.check_size("r2ir_decode", image, batch=images)
+        self.check_size("r2ir_latent_summary", continue_at or latent, batch=images)
+        self.check_size("r2ir_decode", image, batch=1)  # images are drawn one after the other
+        self.continuation(latent, steps, continue_at, continue_from)
+        if continue_at is not None:  # what `enlarge` decodes and encodes
+            between = self.image_size(continue_at)
+            self.check_size("r2ir_latent_summary", latent, batch=images)
+            self.check_size("r2ir_decode", between, batch=1)
+            self.check_size("r2ir_image_summary", between, batch=images)
+            self.check_size("r2ir_encode", continue_at, batch=images)
 
     def check_size(self, graph: str, size: Size, **axes: int) -> None:
         """Raise UsageError where a graph cannot run at `size` (height, width) and other `axes`.
@@ -269,10 +384,12 @@ class Pipeline:
         noise: NoiseStreams,
         steps: int,
         eta: float,
+        part: tuple[int, int],
     ) -> Iterator[dict[str, Array]]:
-        """What changes per step for a `SamplingEngine`; `noise` where it is not as it was."""
-        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(steps)]
-        for step, (a, a_next) in enumerate(pairwise(alpha_bars)):
+        """What changes per step of `part` for a `SamplingEngine`; `noise` where it has changed."""
+        first, last = part
+        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(steps)[first : last + 1]]
+        for step, (a, a_next) in enumerate(pairwise(alpha_bars), first):
             keep, move, spread = ddim.step_weights(a, a_next, eta)
             update = {
                 "film": film[step],
@@ -280,38 +397,125 @@ class Pipeline:
                 "weights": np.stack(weights) * np.float32(move),
             }
             if spread > 0:
-                update["noise"] = noise.draw() * np.float32(spread)
-            elif step == 0:
-                update["noise"] = np.zeros((len(noise.generators), *noise.shape), np.float32)
+                update["noise"] = noise.draw(step + 1) * np.float32(spread)
+            elif step == first:
+                update["noise"] = np.zeros((len(noise.indices), *noise.shape), np.float32)
             yield update
 
-    def encode(self, pixels: Array, size: Size) -> NDArray[np.float32]:
-        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
-        batch, _, height, width = pixels.shape
-        self.check_size("r2ir_image_summary", (height, width), batch=batch)
-        self.check_size("r2ir_encode", size, batch=batch)
-        sums = self.engine("r2ir_image_summary").run(
-            {"pixels": pixels, "coordinates": grid(height, width)}
-        )
-        return self.engine("r2ir_encode").run({"coordinates": grid(*size), **sums})["latent"]
+    def resampler(self, memory: int | None = None) -> Resampler:
+        """R2IR in tiles within `memory` bytes of this process; None takes DEFAULT_ROOM.
 
-    def decode(self, latent: Array, size: Size) -> NDArray[np.float32]:
-        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]."""
-        batch, _, height, width = latent.shape
-        self.check_size("r2ir_latent_summary", (height, width), batch=batch)
-        self.check_size("r2ir_decode", size, batch=batch)
-        sums = self.engine("r2ir_latent_summary").run(
-            {"latent": latent, "coordinates": grid(height, width)}
+        What the process holds besides is measured once, when this is first asked for.
+        """
+        if self._held is None:
+            self._held = resident()
+        room = DEFAULT_ROOM if memory is None else memory - self._held
+        return Resampler(self.engine, self.model.r2ir.width, room, self.whole)
+
+    @property
+    def whole(self) -> bool:
+        """Whether R2IR runs on whole images: plans are built for their sizes and for no tiles.
+
+        So are the engines of a provider that takes its sizes from the plans.
+        """
+        plan = self.manifest.plan("r2ir_decode", self.options.precision)
+        builds = bool(PROVIDERS[self.options.provider].profiles) and plan is not None
+        return self.options.plans or builds
+
+    def drawing_graphs(self, size: Size) -> tuple[str, ...]:
+        """What drawing an image of `size` needs of a bundle."""
+        return graphs_for(size, self.whole)
+
+    def encode(self, pixels: Array, size: Size, memory: int | None = None) -> NDArray[np.float32]:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
+        image = pixels.shape[2], pixels.shape[3]
+        return self.encode_windows(windows_of(pixels), image, size, memory, len(pixels))
+
+    def encode_windows(
+        self,
+        read: Read,
+        image: Size,
+        size: Size,
+        memory: int | None = None,
+        batch: int = 1,
+    ) -> NDArray[np.float32]:
+        """`encode` of an image that is read by windows: one tile of it is in memory at a time.
+
+        `read(top, left, height, width)` gives float32 `[B, c, height, width]`, from the top down.
+        The latent is made whole: raises ResourceError where a `memory` given is too small for it.
+        """
+        self.check_size("r2ir_image_summary", image, batch=batch)
+        self.check_size("r2ir_encode", size, batch=batch)
+        engine = self.engine("r2ir_encode")
+        if memory is not None:
+            cells = batch * size[0] * size[1]
+            check_memory(memory, self.model.r2ir.width, ["r2ir_encode"], cells)
+        sums = self.resampler(memory).summarise("r2ir_image_summary", "pixels", read, image, batch)
+        return engine.run({"coordinates": grid(*size), **sums})["latent"]
+
+    def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
+        """What a decode needs of latents float32 `[B, C, H, W]`, to draw any size and crop from."""
+        height, width = latent.shape[2:]
+        self.check_size("r2ir_latent_summary", (height, width), batch=len(latent))
+        sums = self.resampler().summarise(
+            "r2ir_latent_summary", "latent", windows_of(latent), (height, width), len(latent)
         )
-        return self.engine("r2ir_decode").run({"coordinates": grid(*size), **sums})["pixels"]
+        return DecodeState(sums["kv"], sums["k"], self.render_sha256, metadata or {})
+
+    @property
+    def render_sha256(self) -> str:
+        """What a `DecodeState` is bound to."""
+        return self.manifest.graph("r2ir_render").sha256
+
+    def draw(
+        self,
+        state: DecodeState,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+        index: int = 0,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Image `index` of a state at `size` in bands `[c, rows, width]` in [-1, 1], from the top.
+
+        `crop` (top, left, height, width) draws that window of the image alone, `exact` takes the
+        GRN ratios from every pixel instead of a sample, `memory` in bytes chooses the tiles.
+        Raises UsageError, ArtefactError for a state of another bundle, ResourceError.
+        """
+        self.check_size("r2ir_decode", size, batch=1)
+        window = window_of(crop, size)
+        config = self.model.r2ir
+        state.check(self.render_sha256, config.decoder_blocks, config.width, "decode state")
+        return self.resampler(memory).draw(state.sums(index), size, window, exact)
+
+    def decode(
+        self,
+        latent: Array,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]; see `draw`."""
+        self.check_size("r2ir_decode", size, batch=1)
+        window = window_of(crop, size)
+        state = self.state(latent)
+        shape = (len(state), self.model.r2ir.color_channels, window.height, window.width)
+        pixels = np.empty(shape, np.float32)
+        for index, image in enumerate(pixels):
+            top = 0
+            for band in self.draw(state, size, crop, exact, memory, index):
+                image[:, top : top + band.shape[1]] = band
+                top += band.shape[1]
+        return pixels
 
     def resample(self, pixels: Array, size: Size, latent: Size | None = None) -> Array:
         """Pixels `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.
 
         `latent` defaults to the training ratio of the pixels' own size.
         """
-        batch, _, height, width = pixels.shape
-        self.check_size("r2ir_decode", size, batch=batch)  # before any work
+        height, width = pixels.shape[2:]
+        self.check_size("r2ir_decode", size, batch=1)  # before any work
         return self.decode(self.encode(pixels, latent or self.latent_size((height, width))), size)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from runtime import cli
 from runtime.errors import UsageError
 from runtime.files import check_writable
+from runtime.render import Drawing
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,13 +16,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=cli.size, required=True, help="HxW of the result")
     p.add_argument("--latent", type=cli.size, help="HxW of the latent (the training ratio)")
     p.add_argument("--out", type=Path, help="PNG to write (beside the input, with its new size)")
+    cli.add_drawing_options(p)
     cli.add_engine_options(p)
     return p
 
 
 def resample(args: argparse.Namespace) -> None:
-    """Encode the image, decode it at the new size, write it."""
-    from runtime.images import load_pixels, save_png, to_uint8
+    """Encode the image by tiles, decode it by tiles at the new size into the file."""
+    from runtime.images import ImageFile
 
     height, width = args.size
     out: Path = args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png")
@@ -29,10 +31,13 @@ def resample(args: argparse.Namespace) -> None:
         raise UsageError(f"--out {out}: expected a name that ends in .png")
     check_writable(out)
     pipeline = cli.open_bundle(args)
-    pipeline.check_size("r2ir_decode", args.size)
-    pixels = load_pixels(args.input, pipeline.model.r2ir.color_channels)
-    result = pipeline.resample(pixels, args.size, args.latent)
-    save_png(out, to_uint8(result[0]), {"model": pipeline.model.name, "resampled": args.input.name})
+    drawing = Drawing(pipeline, args.size, args.crop, bool(args.exact), args.memory)
+    with ImageFile(args.input, pipeline.model.r2ir.color_channels) as image:
+        drawing.check()
+        size = args.latent or pipeline.latent_size(image.size)
+        latent = pipeline.encode_windows(image, image.size, size, args.memory)
+    metadata = {"model": pipeline.model.name, "resampled": args.input.name}
+    drawing.save(out, [drawing.bands(pipeline.state(latent))], 1, metadata)
     print(out)
 
 

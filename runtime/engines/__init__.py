@@ -1,6 +1,6 @@
 """Engines: libraries that run a graph, each imported when the first engine of it is opened."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -41,8 +41,13 @@ class Engine(Protocol):
 
     provider: str
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name; raises UsageError, ResourceError or NumericalError."""
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """Outputs by name; raises UsageError, ResourceError or NumericalError.
+
+        `outputs` names those that are needed: a library that can leaves the others uncomputed.
+        """
         ...
 
 
@@ -55,8 +60,12 @@ class SamplingEngine(Engine, Protocol):
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
         on_step: Callable[[int], object] | None = None,
+        first: int = 0,
     ) -> Array:
-        """The last latent `[B, C, H, W]` of a run per update; raises NumericalError."""
+        """The last latent `[B, C, H, W]` of a run per update, the steps from `first` on.
+
+        Raises NumericalError naming the step.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +52,21 @@ class OnnxRuntimeEngine:
             self.session = _open(spec, model, options)
         self.provider = options.provider
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
         self.spec.check_inputs(inputs)
+        names = outputs or [t.name for t in self.spec.outputs]
+        options = load_library().RunOptions()
+        options.only_execute_path_to_fetches = outputs is not None
         try:
-            outputs = self.session.run([t.name for t in self.spec.outputs], dict(inputs))
+            values = self.session.run(names, dict(inputs), options)
         except Exception as error:
             if _out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_first_line(error)}") from None
-        return dict(zip((t.name for t in self.spec.outputs), outputs, strict=True))
+        return dict(zip(names, values, strict=True))
 
 
 def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:

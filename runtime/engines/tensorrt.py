@@ -12,7 +12,7 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -346,20 +346,25 @@ class TensorRTEngine:
         self.config = _runtime_config(self, library)
         self._threads = threading.local()
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec and a profile; see `Engine.run`."""
         sizes = self.graph.check_inputs(inputs)
         context = self._context(sizes)
         idle = {s.name: np.zeros(s.shape(sizes), s.dtype) for s in self.spec.inputs}
         context.upload({**idle, **inputs})
         context.execute()
-        return context.download(self.graph.outputs)
+        return context.download(
+            s for s in self.graph.outputs if outputs is None or s.name in outputs
+        )
 
     def sample(
         self,
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
         on_step: Callable[[int], object] | None = None,
+        first: int = 0,
     ) -> Array:
         """Run the step graph once per update, its `next` becoming its `latent` on the device.
 
@@ -370,7 +375,7 @@ class TensorRTEngine:
         context.upload(inputs)
         latent = next(s for s in self.spec.inputs if s.name == "latent")
         size = next(s for s in self.spec.outputs if s.name == "size")
-        for step, update in enumerate(updates):
+        for step, update in enumerate(updates, first):
             context.upload(update)
             context.execute()
             context.feed("next", "latent")

@@ -48,7 +48,7 @@ def test_chunks_are_equal_and_not_too_small(
 
 
 def test_every_ffn_is_found(manifest: Manifest) -> None:
-    blocks = {"r2id": 3, "r2ir_encode": 1, "r2ir_decode": 2, "r2ir_render": 2}
+    blocks = {"r2id": 3, "r2ir_encode": 1, "r2ir_decode": 2, "r2ir_render": 2, "r2ir_response": 1}
     for name in manifest.graphs:
         model = chunk_ffn(load(manifest, name))
         found = sum(node.op_type == "Scan" for node in model.graph.node) if model else 0

@@ -19,7 +19,8 @@ from tests.tiny import tiny_models
 
 NAMES = {
     *("r2id_position", "r2id_film", "r2id_condition", "r2id"),
-    *("r2ir_image_summary", "r2ir_encode", "r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
+    *("r2ir_image_summary", "r2ir_encode", "r2ir_latent_summary"),
+    *("r2ir_decode", "r2ir_render", "r2ir_response"),
 }
 
 
@@ -73,6 +74,23 @@ def test_sums_over_tiles_add_up(models: checkpoint.Models) -> None:
     top, rest = summary(pixels[:, :, :3], at(10, 6)[:3]), summary(pixels[:, :, 3:], at(10, 6)[3:])
     for total, first, second in zip(whole, top, rest, strict=True):
         close(first + second, total)
+
+
+def test_the_ratios_of_tiles_are_those_of_the_whole(models: checkpoint.Models) -> None:
+    """Site by site: each graph run on both halves gives the next ratio of the untiled decode."""
+    torch.manual_seed(0)
+    kv, k = graphs.ResamplerSummary(models, "latent")(torch.randn(1, 4, 3, 2), at(3, 2))
+    coordinates = at(8, 6)
+    wanted = graphs.Decode(models, "image")(coordinates, kv, k)[1]
+    response = torch.ones_like(wanted)
+    for site in range(2 * wanted.shape[1]):
+        halves = [
+            graphs.Response(models, "image")(half, kv, k, response)[site]
+            for half in coordinates.split(4)
+        ]
+        root = ((halves[0] + halves[1]) / 2).sqrt()
+        response[:, site // 2, site % 2] = root / (root.mean(1, keepdim=True) + 1e-6)
+        close(response[:, site // 2, site % 2], wanted[:, site // 2, site % 2])
 
 
 def test_the_bundle_is_whole_and_measured(tiny_bundle: Path) -> None:

@@ -1,13 +1,15 @@
 """Evaluation: the report holds every measure, and the classifier reads what is there."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from reference.evaluate import GENERATION_SIZES, middle, name_of
+from reference.evaluate import GENERATION_SIZES, NOISE_SIZES, middle, name_of
+from runtime.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST
 
@@ -30,6 +32,11 @@ def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: C
     assert report["digits_read_right"].keys() == {name_of(size) for size in GENERATION_SIZES}
     assert all(share < 0.5 for share in report["digits_read_right"].values())
     assert all(error > 0.05 for error in report["reconstruction_mse"].values())
+    same, names = report["same_picture"], [name_of(size) for size in NOISE_SIZES]
+    assert same.keys() == set(KINDS) and all(list(found) == names for found in same.values())
+    assert all(found["8x8"]["correlation"] > 0.999 for found in same.values())
+    assert same["coherent"]["16x16"]["psnr"] != same["independent"]["16x16"]["psnr"]
+    assert "likeness" in done.stdout
     assert len(report["eps_mse_over_t"]["8x8"]["label"]) == 20
     for name in ("digits-16x9", "reconstructions", "latent-channels", "eps-over-t"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 10
@@ -40,8 +47,13 @@ def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: C
     again = command("reference.evaluate", *args, *small, "--bundle", tiny_bundle)
     assert again.returncode == 0, again.stderr
     assert "by graphs in fp32" in again.stdout and "-1.0000" not in again.stdout
+    drawn = json.loads((tmp_path / "out" / "report.json").read_text())
+    stops = drawn["continued"]["8x8 then 16x16"]
+    assert stops["0"]["correlation"] > 0.999 > stops["1"]["correlation"]
     (tmp_path / "out" / "report.json").write_text(json.dumps(report))
     resumed = command("reference.evaluate", *args, *small)
-    assert "-1.0000" in resumed.stdout and resumed.stdout.count("read right") == 2
-    tables = [sorted(d.stdout.split("images:")[1].splitlines()[1:-1]) for d in (again, resumed)]
+    assert "-1.0000" in resumed.stdout
+    assert len(re.findall(r"^  \d+x\d+: ", resumed.stdout, re.M)) == 1  # only what was missing
+    both = (d.stdout.split("images:")[1].split("steps at the first")[0] for d in (again, resumed))
+    tables = [sorted(line for line in d.splitlines()[1:] if line[:2] == "  ") for d in both]
     assert tables[0] == tables[1]  # graphs and PyTorch draw the same

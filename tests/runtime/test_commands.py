@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.images import contact_sheet, load_pixels, read_metadata, save_png, to_uint8
+from runtime.images import ImageFile, contact_sheet, read_metadata, save_png, to_uint8
 from tests.conftest import Command
 
 
@@ -39,9 +39,40 @@ def test_single_files_at_any_batch(tiny_bundle: Path, tmp_path: Path, command: C
     assert (tmp_path / "c.png").read_bytes() == (tmp_path / "b-3.png").read_bytes()
 
 
+def test_a_continued_picture_is_repeated_from_its_metadata(
+    tiny_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--label", "1,3", "--latent", "3x2", "--continue-at", "9x6", "--noise", "independent")
+    assert generate(command, tiny_bundle, *args, "--eta", 1, "--out", "a.png")[0] == 0
+    assert Image.open(tmp_path / "a.png").size == (2 * 24 + 2, 36)
+    made = read_metadata(tmp_path / "a.png")["request"]
+    assert (made["noise"], made["continue_at"], made["continue_from"]) == ("independent", [9, 6], 1)
+    assert generate(command, tiny_bundle, "--from-png", "a.png", "--out", "b.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_preview_is_written_first_and_is_a_request_of_its_own(
+    tiny_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--label", "1", "--count", 2, "--latent", "16x24", "--preview")
+    assert generate(command, tiny_bundle, *args, "--out", "a-{index}.png")[0] == 0
+    names = ["a-0-preview.png", "a-0.png", "a-1-preview.png", "a-1.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert Image.open(tmp_path / "a-0-preview.png").size == (12 * 4, 8 * 4)
+    first, last = (tmp_path / name for name in ("a-1-preview.png", "a-0.png"))
+    assert first.stat().st_mtime_ns < last.stat().st_mtime_ns
+    repeat = ("--from-png", "a-1-preview.png", "--out", "b.png")
+    assert generate(command, tiny_bundle, *repeat)[0] == 0
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a-1-preview.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (("--noise", "pink"), "invalid choice"),
+        (("--noise", "independent", "--latent", "16x16", "--preview"), "--noise coherent"),
+        (("--continue-from", "1"), "continue_from is given alone"),
+        (("--latent", "4x4", "--continue-at", "8x9"), "as 8x8"),
         (("--latent", "0x8"), "no size"),
         (("--latent", "8"), "no size"),
         (("--latent=-1x4",), "no size"),
@@ -134,8 +165,10 @@ def test_pixels_survive_a_png(tmp_path: Path) -> None:
     pixels = np.linspace(-1, 1, 256, dtype=np.float32).reshape(1, 1, 16, 16)
     save_png(tmp_path / "a.png", to_uint8(pixels)[0], {"a": [1, None]})
     assert read_metadata(tmp_path / "a.png") == {"a": [1, None]}
-    np.testing.assert_allclose(load_pixels(tmp_path / "a.png", 1), pixels, atol=1e-6)
-    assert load_pixels(tmp_path / "a.png", 3).shape == (1, 3, 16, 16)
+    with ImageFile(tmp_path / "a.png", 1) as image:
+        np.testing.assert_allclose(image(0, 0, 16, 16), pixels, atol=1e-6)
+    with ImageFile(tmp_path / "a.png", 3) as image:
+        assert image(0, 0, 16, 16).shape == (1, 3, 16, 16)
     assert to_uint8(np.array([[[-9.0, 9.0]]], np.float32)).ravel().tolist() == [0, 255]
 
 

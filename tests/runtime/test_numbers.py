@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from runtime import ddim, schedule
 from runtime.coordinates import MARGIN, grid
 from runtime.errors import NumericalError, UsageError
-from runtime.noise import NoiseStreams
 
 SIDES = st.integers(1, 40)
 
@@ -90,19 +89,3 @@ def test_a_nan_stops_the_loop_and_names_the_step(bad: float) -> None:
 
     with pytest.raises(NumericalError, match="step 4 of 9"):
         ddim.sample(denoise, np.ones((1, 2)), 9, [1.0])
-
-
-@given(st.integers(0, 2**62), st.integers(0, 1000))
-def test_an_image_has_its_own_noise(seed: int, index: int) -> None:
-    together = NoiseStreams(seed, [index, index + 1], (2, 3, 5))
-    alone = NoiseStreams(seed, [index + 1], (2, 3, 5))
-    for _ in range(2):
-        first, second = together.draw()
-        np.testing.assert_array_equal(second, alone.draw()[0])
-        assert not np.array_equal(first, second)
-
-
-def test_noise_is_standard_normal() -> None:
-    noise = NoiseStreams(3, range(4), (8, 64, 64)).draw()
-    assert noise.dtype == np.float32
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01

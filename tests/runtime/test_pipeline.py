@@ -3,15 +3,17 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import open_bundle
+from runtime import ddim, open_bundle, schedule
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.files import sha256
 from runtime.manifest import Manifest, read_manifest
+from runtime.noise import NoiseStreams, spread
 from runtime.pipeline import Label, Pipeline
 
 SINGLE = EngineOptions(threads=1)
@@ -38,6 +40,67 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: Pipeline, size: tuple[i
     for index, label in enumerate(labels):
         alone = pipeline.generate([label], latent=size, steps=3, seed=5, eta=1.0, first_index=index)
         np.testing.assert_array_equal(alone.images[0], together.images[index])
+
+
+@pytest.mark.parametrize("kind", ["coherent", "independent"])
+def test_steps_go_on_at_a_larger_latent(pipeline: Pipeline, kind: str) -> None:
+    labels: list[Label] = [3, None, 7]
+    options: dict[str, Any] = {"steps": 6, "seed": 5, "eta": 1.0, "noise": kind, "latent": (4, 6)}
+    seen: list[int] = []
+    made = pipeline.generate(labels, **options, continue_at=(6, 9), on_step=seen.append)
+    assert made.latents.shape == (3, 4, 6, 9) and made.images.shape == (3, 1, 24, 36)
+    assert seen == list(range(6))
+    for index, label in enumerate(labels):
+        alone = pipeline.generate(
+            [label], **options, continue_at=(6, 9), continue_from=3, first_index=index
+        )
+        np.testing.assert_array_equal(alone.images[0], made.images[index])
+    other = pipeline.generate(labels, **options, continue_at=(6, 9), continue_from=2)
+    assert not np.array_equal(other.images, made.images)
+
+
+def test_every_step_has_a_draw_of_its_own(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers: list[int] = []
+    draw = NoiseStreams.draw
+
+    def counted(streams: NoiseStreams, number: int = 0) -> np.ndarray:
+        numbers.append(number)
+        return draw(streams, number)
+
+    monkeypatch.setattr(NoiseStreams, "draw", counted)
+    pipeline.generate([1], latent=(2, 2), steps=4, eta=1.0, continue_at=(4, 4), continue_from=2)
+    assert numbers == [0, 1, 2, 0, 3, 4]
+
+
+def test_an_enlarged_sample_has_its_noise_and_its_picture(pipeline: Pipeline) -> None:
+    """x0 as R2IR enlarges it, noise of the variance that the step has."""
+    count, steps, step = 64, 10, 6
+    a = float(schedule.sampling_alpha_bar(steps)[step])
+    small, large = (pipeline.noise(1, range(count), side).draw() for side in ((6, 6), (9, 9)))
+    x0 = pipeline.encode(np.zeros((count, 1, 24, 24), np.float32), (6, 6))
+    part = ddim.Sample((a**0.5 * x0 + (1 - a) ** 0.5 * small).astype(np.float32), x0)
+    found = pipeline.enlarge(part, step, steps, large)
+    larger = pipeline.encode(pipeline.decode(x0, (36, 36)), (9, 9))
+    noise = (found - a**0.5 * larger) / (1 - a) ** 0.5
+    assert abs(noise.var() - 1) < 0.03 and abs(noise.mean()) < 0.03
+    rows = spread(6, 9)
+    np.testing.assert_allclose(rows.T @ noise @ rows, small, atol=1e-3)
+
+
+def test_one_seed_draws_alike_at_every_size(pipeline: Pipeline) -> None:
+    """Even random weights see the same low frequencies; of independent noise they do not."""
+
+    def latents(kind: str, side: int) -> np.ndarray:
+        made = pipeline.generate([1] * 8, latent=(side, side), steps=4, noise=kind).latents
+        return made.reshape(8, 4, 6, side // 6, 6, side // 6).mean((3, 5)).ravel()
+
+    likeness = {
+        kind: np.corrcoef(latents(kind, 6), latents(kind, 12))[0, 1]
+        for kind in ("coherent", "independent")
+    }
+    assert likeness["coherent"] > likeness["independent"] + 0.2
 
 
 def test_guidance_one_runs_the_label_alone(pipeline: Pipeline) -> None:
@@ -86,6 +149,14 @@ def test_eight_threads_draw_what_one_draws(pipeline: Pipeline) -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"eta": -0.5}, "eta is -0.5"),
+        ({"noise": "pink"}, "noise is 'pink'; expected coherent or independent"),
+        ({"continue_from": 3}, "continue_from is given alone"),
+        ({"latent": (4, 6), "continue_at": (8, 8)}, r"as 8x12"),
+        ({"latent": (4, 6), "continue_at": (2, 3)}, "a larger size"),
+        ({"continue_at": (8, 8), "continue_from": 50}, "continue_from is 50 of 50"),
+        ({"continue_at": (30_000, 30_000), "image": (8, 8)}, "outside the range of r2ir_decode"),
+        ({"continue_at": (8, 8), "steps": 1}, "continue_from is 0 of 1"),
+        ({"continue_at": (1 << 20, 1 << 20), "image": (8, 8)}, "outside the range of r2id"),
     ],
 )
 def test_bad_requests_are_refused_before_any_engine(

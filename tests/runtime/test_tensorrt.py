@@ -89,13 +89,19 @@ def opened(bundle: Path) -> Pipeline:
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_plans_draw_what_graphs_draw(bundle: Path, library: Library, eta: float) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, {"continue_at": (6, 10), "continue_from": 2}, {"image": (60, 64)}]
+)
+def test_plans_draw_what_graphs_draw(
+    bundle: Path, library: Library, eta: float, more: dict[str, Any]
+) -> None:
     request: dict[str, Any] = {
         "labels": [3, None, {1: 0.5, 2: 0.5}],
         "latent": (3, 5),
         "steps": 6,
         "eta": eta,
         "seed": 4,
+        **more,
     }
     steps: list[int] = []
     found = opened(bundle).generate(**request, on_step=steps.append)
@@ -114,7 +120,7 @@ def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     conditions, weights = pipeline.branches([1], 2.0)
     inputs, film = pipeline.step_inputs(conditions, (6, 7), 5)
     noise = pipeline.noise(0, [0], (6, 7))
-    updates = list(pipeline.updates(film, weights, noise, 5, 0.0))
+    updates = list(pipeline.updates(film, weights, noise, 5, 0.0, (0, 5)))
     given = {"latent": noise.draw(), **inputs, **updates[0]}
     library.cuda.copies.clear()
     latent = engine.sample(given, updates).nbytes

@@ -1,0 +1,272 @@
+"""Decoding an image of any size in tiles: time and memory beside PyTorch, errors, bytes per pixel.
+
+python -m benchmarks.decode [--parts speed,large,sample,memory]
+
+- speed: published width, random weights, a 64x64 latent to 1024x1024: PyTorch eager, tiles with
+  sampled ratios, and exact tiles with --exact; each in a process of its own, peak memory as the
+  system counts it. PyTorch takes a minute and 11 GB there.
+- large: the shipped model draws a PNG of 4096x4096.
+- sample: how far the sampled ratios leave the shipped model's images from the untiled ones.
+- memory: float32 arrays of the model's width that each graph holds per pixel, which is what
+  ARRAYS_PER_PIXEL of runtime/tiles.py was set by.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime import cli, open_bundle, tiles
+from runtime.coordinates import Grid, grid
+from runtime.engines import EngineOptions
+from runtime.images import save_rows, to_uint8
+from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
+from runtime.pipeline import Pipeline
+
+Size = tuple[int, int]
+PARTS = ("speed", "large", "sample", "memory")
+PEAK = 2.0  # pixels live in [-1, 1]
+LABELS = [3, 7]  # of the shipped model's latents
+SAMPLES = (64, 128, 256)
+GRAPH_PIXELS = 16384
+RUNS = 3
+
+
+def alone(work: Callable[[], Any]) -> tuple[Any, float, int]:
+    """What `work` returns in a process of its own, its seconds and the process's peak bytes."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_measured, work).result()
+
+
+def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    return result, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def export_published(folder: Path) -> None:
+    """R2IR's graphs at the published width, with random weights, as a bundle."""
+    from export.to_onnx import onnx_from_source, sources
+    from runtime.files import sha256
+
+    models = published()
+    graphs = {}
+    for source in sources(models):
+        if not source.name.startswith("r2ir"):
+            continue
+        path = folder / f"{source.name}.onnx"
+        onnx_from_source(source, path)
+        axes = {axis for t in source.inputs for axis in t.axes if isinstance(axis, str)}
+        ranges = dict.fromkeys(axes, (1, 65536))
+        digest = sha256(path.read_bytes())
+        graphs[source.name] = GraphSpec(
+            path.name, digest, "fp32", source.inputs, source.outputs, ranges
+        )
+    Manifest(models.config, (), {}, {}, {}, {}, graphs).write(folder)
+
+
+def published() -> Any:
+    """The published configuration with random weights, the same in every process."""
+    from reference.train import build_models, read_config
+
+    return build_models(read_config("published"), "published").eval().requires_grad_(False)
+
+
+def random_latent(channels: int, size: Size) -> np.ndarray:
+    """A latent `[1, C, H, W]` in [-1, 1]."""
+    return np.tanh(np.random.default_rng(0).standard_normal((1, channels, *size), np.float32))
+
+
+def torch_decode(latent: Size, size: Size, threads: int) -> np.ndarray:
+    """Pixels of PyTorch eager."""
+    import torch
+
+    torch.set_num_threads(threads)
+    models = published()
+    with torch.inference_mode():
+        values = torch.from_numpy(random_latent(models.config.r2ir.latent_channels, latent))
+        return models.r2ir.decode(values, size).numpy()
+
+
+def tiled_decode(
+    bundle: Path, latent: Size, size: Size, threads: int, exact: bool, memory: int
+) -> np.ndarray:
+    """Pixels of our tiles."""
+    pipeline = open_bundle(bundle, EngineOptions(threads=threads))
+    values = random_latent(pipeline.model.r2ir.latent_channels, latent)
+    return pipeline.decode(values, size, exact=exact, memory=memory)
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Seconds and peak memory of every contender, in one run."""
+    with tempfile.TemporaryDirectory() as name:
+        alone(partial(export_published, Path(name)))
+        ours = partial(tiled_decode, Path(name), args.latent, args.size, args.threads)
+        contenders: dict[str, Callable[[], Any]] = {
+            "tiles": partial(ours, False, args.memory),
+            "torch eager": partial(torch_decode, args.latent, args.size, args.threads),
+            "tiles again": partial(ours, False, args.memory),
+        }
+        if args.exact:
+            contenders["tiles, exact"] = partial(ours, True, args.memory)
+        rows = {name: alone(work) for name, work in contenders.items()}
+    wanted, slowest, largest = rows["torch eager"]
+    print(f"\npublished width, {text(args.latent)} latent -> {text(args.size)}")
+    for name, (pixels, seconds, peak) in rows.items():
+        print(
+            f"  {name:12} {seconds:7.2f} s ({slowest / seconds:5.2f}×)  {peak / 1e6:7.0f} MB "
+            f"(1/{largest / peak:.1f})  {errors(pixels, wanted)}"
+        )
+
+
+def errors(found: np.ndarray, wanted: np.ndarray) -> str:
+    """Largest difference and PSNR over the range of pixels."""
+    difference = found.astype(np.float64) - wanted
+    square = np.square(difference).mean()
+    psnr = 10 * np.log10(PEAK**2 / square) if square else np.inf
+    return f"max error {np.abs(difference).max():.1e}, PSNR {psnr:.1f} dB"
+
+
+def large(args: argparse.Namespace) -> None:
+    """Seconds and peak memory of a PNG that is drawn from a latent of the shipped model."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "large.png"
+        work = partial(draw_png, args.bundle, args.large, path, args.threads, args.memory)
+        _, seconds, peak = alone(work)
+        written = path.stat().st_size
+    print(
+        f"\nshipped model -> {text(args.large)} PNG: {seconds:.1f} s, {peak / 1e6:.0f} MB at most "
+        f"with --memory {args.memory / 1e6:.0f}MB, {written / 1e6:.1f} MB written"
+    )
+
+
+def draw_png(bundle: Path, size: Size, path: Path, threads: int, memory: int) -> None:
+    """One image of the shipped model, from noise to file."""
+    pipeline = open_bundle(bundle, EngineOptions(threads=threads))
+    x = pipeline.diffuse([LABELS[0]], pipeline.model.default_latent, 20, 2.0, 0.0, 0)
+    bands = map(to_uint8, pipeline.draw(pipeline.state(x), size, memory=memory))
+    save_rows(path, bands, (*size, pipeline.model.r2ir.color_channels), {})
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Errors of ratios from samples of the shipped model's pixels against the untiled decode."""
+    pipeline = open_bundle(args.bundle, EngineOptions(threads=args.threads))
+    made = pipeline.generate(LABELS, steps=20, image=(8, 8))
+    print("\nratios of a sample, shipped model, against the untiled decode")
+    for side in (512, 1024):
+        for latent in np.split(made.latents, len(LABELS)):
+            sums = pipeline.state(latent).sums(0)
+            inputs = {"coordinates": grid(side, side), **sums}
+            wanted = pipeline.engine("r2ir_decode").run(inputs)["pixels"]
+            for count in SAMPLES:
+                for kind, places in (("one per cell", cells), ("rows × columns", crossed)):
+                    at = Grid(side, side).at(*places((side, side), count))
+                    ratios = pipeline.engine("r2ir_decode").run({"coordinates": at, **sums})
+                    drawn = pipeline.engine("r2ir_render").run(
+                        {**inputs, "response": ratios["response"]}
+                    )
+                    print(
+                        f"  {side}x{side} {count:3}² {kind:14} {errors(drawn['pixels'], wanted)}",
+                        flush=True,
+                    )
+            exact = pipeline.decode(latent, (side, side), exact=True)
+            print(f"  {side}x{side} --exact             {errors(exact, wanted)}")
+
+
+cells = tiles.sample_places
+
+
+def crossed(size: Size, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The alternative: one row per stratum of rows, one column per stratum of columns."""
+    rows = tiles.sample_places((size[0], side), side)[0][:, :1]
+    columns = tiles.sample_places((side, size[1]), side)[1][:1]
+    return np.broadcast_arrays(rows, columns)  # type: ignore[return-value]
+
+
+def memory(args: argparse.Namespace) -> None:
+    """What each graph of the shipped model and of the published width holds per pixel."""
+    with tempfile.TemporaryDirectory() as name:
+        alone(partial(export_published, Path(name)))
+        print("\nfloat32 arrays of the model's width per pixel, at the peak of a graph")
+        for graph in tiles.ARRAYS_PER_PIXEL:
+            found = [
+                alone(partial(arrays_per_pixel, bundle, graph, args.threads))[0]
+                for bundle in (args.bundle, Path(name))
+            ]
+            own = tiles.ARRAYS_PER_PIXEL[graph]
+            print(f"  {graph:20} {found[0]:5.1f} {found[1]:5.1f}  ARRAYS_PER_PIXEL {own}")
+
+
+def arrays_per_pixel(bundle: Path, graph: str, threads: int) -> float:
+    """Growth of the peak by runs of a graph, in arrays of its width per pixel.
+
+    Several runs, since ONNX Runtime's second one plans its memory anew beside the first one's.
+    """
+    pipeline = open_bundle(bundle, EngineOptions(threads=threads))
+    engine = pipeline.engine(graph)
+    inputs = graph_inputs(pipeline, graph)
+    before = tiles.resident()
+    outputs = [f"squares_{2 * pipeline.model.r2ir.decoder_blocks - 1}"]
+    for _ in range(RUNS):
+        engine.run(inputs, outputs if graph == "r2ir_response" else None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (peak - before) / GRAPH_PIXELS / 4 / pipeline.model.r2ir.width
+
+
+def graph_inputs(pipeline: Pipeline, graph: str) -> dict[str, np.ndarray]:
+    """Inputs of a graph of R2IR on GRAPH_PIXELS pixels or cells."""
+    side = int(GRAPH_PIXELS**0.5)
+    sizes = {"batch": 1, "height": side, "width": side}
+    specs = pipeline.manifest.graph(graph).inputs
+    inputs = {spec.name: np.ones(spec.shape(sizes), np.float32) for spec in specs}
+    return inputs | {"coordinates": grid(side, side)}
+
+
+def text(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def parts(names: str) -> list[str]:
+    """Parts separated by commas."""
+    found = names.split(",")
+    if not set(found) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"{names!r}; expected some of {','.join(PARTS)}")
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every part that was asked for."""
+    for part in args.parts:
+        {"speed": speed, "large": large, "sample": sample, "memory": memory}[part](args)
+
+
+def main() -> None:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.decode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--parts", type=parts, default=list(PARTS))
+    p.add_argument("--latent", type=cli.size, default=(64, 64))
+    p.add_argument("--size", type=cli.size, default=(1024, 1024))
+    p.add_argument("--large", type=cli.size, default=(4096, 4096))
+    p.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="of the shipped model")
+    p.add_argument("--threads", type=cli.number(1, 256, int), default=2)
+    p.add_argument("--exact", action="store_true", help="time exact tiles, too")
+    p.add_argument("--memory", type=cli.memory, default="500MB", help="limit of our process")
+    cli.run(run, p)
+
+
+if __name__ == "__main__":
+    main()

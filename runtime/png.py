@@ -1,0 +1,202 @@
+"""PNG files row by row, so that an image is never in memory whole: written and read.
+
+8 bits, grey or RGB, not interlaced. Source: the PNG specification (ISO/IEC 15948), sections 5, 9
+and 11. Pillow writes whole images only, and TIFF would want a library of its own.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import ArtefactError
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+COLOUR_TYPES = {1: 0, 3: 2}  # by channels: grey, RGB
+HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, colour type, compression, filter, lacing
+IDAT_BYTES = 1 << 16
+LARGEST_TEXT = 1 << 26  # no request of ours comes near; stops absurd allocations
+
+Rows = NDArray[np.uint8]
+
+
+class PngWriter:
+    """An image of a known size written from the top down."""
+
+    def __init__(
+        self, file: IO[bytes], height: int, width: int, channels: int, text: dict[str, str]
+    ):
+        """`text`: keywords and texts in Latin-1, stored before the pixels."""
+        self.file, self.shape, self.left = file, (width, channels), height
+        file.write(SIGNATURE)
+        header = HEADER.pack(width, height, 8, COLOUR_TYPES[channels], 0, 0, 0)
+        self._chunk(b"IHDR", header)
+        for key, value in text.items():
+            self._chunk(b"tEXt", key.encode("latin-1") + b"\0" + value.encode("latin-1"))
+        self.compressor = zlib.compressobj(6)
+        self.above = np.zeros(width * channels, np.uint8)
+        self.pending = bytearray()
+
+    def write(self, rows: Rows) -> None:
+        """The next rows, uint8 `[n, width, channels]`."""
+        if rows.shape[1:] != self.shape or len(rows) > self.left:
+            raise ValueError(f"rows {rows.shape}; expected at most {self.left} of {self.shape}")
+        self.left -= len(rows)
+        flat = np.ascontiguousarray(rows).reshape(len(rows), -1)
+        self.pending += self.compressor.compress(filtered(flat, self.above, self.shape[1]))
+        self.above = flat[-1].copy() if len(flat) else self.above
+        if len(self.pending) >= IDAT_BYTES:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left; every row must have come."""
+        if self.left:
+            raise ValueError(f"{self.left} rows are missing")
+        self.pending += self.compressor.flush()
+        self._flush()
+        self._chunk(b"IEND", b"")
+
+    def _flush(self) -> None:
+        self._chunk(b"IDAT", bytes(self.pending))
+        self.pending.clear()
+
+    def _chunk(self, kind: bytes, data: bytes) -> None:
+        self.file.write(struct.pack(">I", len(data)) + kind + data)
+        self.file.write(struct.pack(">I", zlib.crc32(kind + data)))
+
+
+def filtered(rows: Rows, above: Rows, channels: int) -> bytes:
+    """Rows `[n, bytes]` as PNG stores them: each after its filter's number.
+
+    Of none, sub and up the filter with the smallest sum of absolute differences (section 12.8);
+    average and Paeth gain little on smooth images and undo slowly.
+    """
+    previous = np.concatenate([above[None], rows[:-1]])
+    sub = rows.copy()
+    sub[:, channels:] -= rows[:, :-channels]
+    candidates = np.stack([rows, sub, rows - previous])  # [3, n, bytes], modulo 256
+    cost = np.minimum(candidates, -candidates).sum(2, dtype=np.int64)
+    best = cost.argmin(0)
+    chosen = candidates[best, np.arange(len(rows))]
+    return np.concatenate([best[:, None].astype(np.uint8), chosen], 1).tobytes()
+
+
+def read_text(path: Path, file: IO[bytes], key: str) -> str | None:
+    """The text under `key` before a PNG's pixels; None where it is no PNG or has none.
+
+    Raises ArtefactError where the file is damaged.
+    """
+    for kind, data in _chunks(path, file):
+        if kind == b"tEXt" and data.startswith(key.encode("latin-1") + b"\0"):
+            return data[len(key) + 1 :].decode("latin-1")
+        if kind == b"IDAT":
+            break
+    return None
+
+
+def _chunks(path: Path, file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """The chunks of a PNG one by one, none for a file of another kind."""
+    if file.read(len(SIGNATURE)) != SIGNATURE:
+        return
+    while head := file.read(8):
+        length, kind = struct.unpack(">I4s", head.ljust(8, b"\0"))
+        data = file.read(min(length, LARGEST_TEXT))
+        check = file.read(4)
+        if check != struct.pack(">I", zlib.crc32(kind + data)):
+            raise ArtefactError(
+                f"{path}: chunk {kind!r} is damaged or cut short; expected a whole PNG. "
+                "Make or fetch the file again"
+            )
+        yield kind, data
+
+
+class PngRows:
+    """The rows of a PNG of 8 bits, grey or RGB, from the top down; see `open_rows`."""
+
+    def __init__(self, path: Path, file: IO[bytes], height: int, width: int, channels: int):
+        self.path, self.size, self.channels = path, (height, width), channels
+        self._data = (data for kind, data in _chunks(path, file) if kind == b"IDAT")
+        self._inflate = zlib.decompressobj()
+        self._above = np.zeros(width * channels, np.uint8)
+
+    def read(self, count: int) -> Rows:
+        """The next `count` rows, uint8 `[count, width, channels]`; raises ArtefactError."""
+        width = self.size[1]
+        out = np.empty((count, width * self.channels), np.uint8)
+        for row in out:
+            line = self._line(1 + len(row))
+            row[:] = line[1:]
+            unfilter(int(line[0]), row, self._above, self.channels)
+            self._above = row
+        self._above = self._above.copy()
+        return out.reshape(count, width, self.channels)
+
+    def _line(self, length: int) -> Rows:
+        line = b""
+        try:
+            while len(line) < length:
+                source = self._inflate.unconsumed_tail or next(self._data, b"")
+                more = self._inflate.decompress(source, length - len(line))
+                if not (source or more):
+                    break
+                line += more
+        except zlib.error:
+            line = b""
+        if len(line) < length or line[0] > 4:
+            raise ArtefactError(
+                f"{self.path}: its pixels are damaged or cut short; expected a whole PNG. "
+                "Make or fetch the file again"
+            )
+        return np.frombuffer(line, np.uint8)
+
+
+def open_rows(path: Path, file: IO[bytes]) -> PngRows | None:
+    """A reader of a PNG's rows; None for what cannot be read row by row here."""
+    for kind, data in _chunks(path, file):
+        if kind != b"IHDR" or len(data) != HEADER.size:
+            break
+        width, height, bits, colour, _, _, lacing = HEADER.unpack(data)
+        channels = {number: count for count, number in COLOUR_TYPES.items()}.get(colour)
+        if bits != 8 or lacing or channels is None or not (width and height):
+            break
+        return PngRows(path, _rewound(file), height, width, channels)
+    file.seek(0)
+    return None
+
+
+def _rewound(file: IO[bytes]) -> IO[bytes]:
+    file.seek(0)
+    return file
+
+
+def unfilter(kind: int, row: Rows, above: Rows, channels: int) -> None:
+    """Undo a filter on `row` in place, given the row above; section 9.2."""
+    if kind == 1:
+        pixels = row.reshape(-1, channels)
+        np.cumsum(pixels, 0, np.uint8, pixels)
+    elif kind == 2:
+        row += above
+    elif kind == 3:
+        for i, up in enumerate(above.tolist()):
+            left = int(row[i - channels]) if i >= channels else 0
+            row[i] = (int(row[i]) + (left + up) // 2) & 255
+    elif kind == 4:
+        _undo_paeth(row, above, channels)
+
+
+def _undo_paeth(row: Rows, above: Rows, channels: int) -> None:
+    values, ups = [0] * channels + row.tolist(), [0] * channels + above.tolist()
+    for i in range(channels, len(values)):
+        left, up, corner = values[i - channels], ups[i], ups[i - channels]
+        to_left, to_up = abs(up - corner), abs(left - corner)
+        to_corner = abs(left + up - 2 * corner)
+        if to_left <= to_up and to_left <= to_corner:
+            guess = left
+        else:
+            guess = up if to_up <= to_corner else corner
+        values[i] = (values[i] + guess) & 255
+    row[:] = values[channels:]

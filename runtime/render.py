@@ -1,0 +1,140 @@
+"""Draw any size or crop of a saved state: python -m runtime.render state.npz --size 8192x8192.
+
+The state is what `runtime.generate --state` keeps of its latents: no diffusion is run again.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import cli
+from runtime.errors import ArtefactError, UsageError
+from runtime.files import check_writable
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
+    from runtime.png import Rows
+    from runtime.state import DecodeState
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    p = argparse.ArgumentParser(prog="python -m runtime.render", description=__doc__)
+    p.add_argument("state", type=Path, help="an .npz file made by runtime.generate --state")
+    p.add_argument("--size", type=cli.size, required=True, help="HxW of the whole image")
+    p.add_argument("--index", type=cli.number(0, 100_000, int), default=0, help="which image (0)")
+    p.add_argument("--out", type=Path, help="PNG to write (beside the state, with its size)")
+    cli.add_drawing_options(p)
+    cli.add_engine_options(p)
+    return p
+
+
+def render(args: argparse.Namespace) -> None:
+    """Load the state, draw the window asked for, band by band."""
+    from runtime.state import DecodeState
+    from runtime.tiles import window_of
+
+    height, width = args.size
+    out: Path = args.out or args.state.with_name(f"{args.state.stem}-{height}x{width}.png")
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    window_of(args.crop, args.size)
+    check_writable(out)
+    state = DecodeState.load(args.state)
+    if args.index >= len(state):
+        raise UsageError(f"--index {args.index}: {args.state} holds images 0 to {len(state) - 1}")
+    pipeline = cli.open_bundle(args)
+    drawing = Drawing(pipeline, args.size, args.crop, bool(args.exact), args.memory)
+    drawing.check(state, str(args.state))
+    images = [drawing.bands(state, args.index)]
+    drawing.save(out, images, 1, described(state.metadata, args, drawing.exact))
+    print(out)
+
+
+def described(made: dict[str, Any], args: argparse.Namespace, exact: bool) -> dict[str, Any]:
+    """The PNG's metadata: those of the state, its request narrowed to the image drawn.
+
+    Raises ArtefactError where the request is not whole.
+    """
+    try:
+        request = made["request"]
+        own = {
+            "label": [request["label"][args.index // request["count"]]],
+            "count": 1,
+            "first_index": request["first_index"] + args.index,
+            "image": args.size,
+            "crop": args.crop,
+            "exact": exact,
+        }
+        return made | {"request": request | own}
+    except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise ArtefactError(
+            f"{args.state}: its metadata holds no whole request ({type(error).__name__}: {error}); "
+            "expected a state made by runtime.generate, unaltered"
+        ) from None
+
+
+class Drawing:
+    """How images are drawn from a state into a PNG: size, crop, exactness, memory."""
+
+    def __init__(
+        self,
+        pipeline: "Pipeline",
+        size: tuple[int, int],
+        crop: tuple[int, int, int, int] | None,
+        exact: bool,
+        memory: int | None,
+    ):
+        from runtime.tiles import window_of
+
+        pipeline.check_size("r2ir_decode", size, batch=1)
+        self.pipeline, self.size, self.crop = pipeline, size, crop
+        self.exact, self.memory = exact, memory
+        self.window = window_of(crop, size)
+
+    def check(self, state: "DecodeState | None" = None, source: str = "") -> None:
+        """Open every graph that drawing needs; raises ArtefactError or ResourceError."""
+        from runtime.tiles import check_memory
+
+        config = self.pipeline.model.r2ir
+        if state is not None:
+            bundle = self.pipeline.render_sha256
+            state.check(bundle, config.decoder_blocks, config.width, source)
+        graphs = self.pipeline.drawing_graphs(self.size)
+        for graph in graphs:
+            self.pipeline.engine(graph)
+        if self.memory is not None:
+            check_memory(self.memory, config.width, graphs)
+
+    def bands(self, state: "DecodeState", index: int = 0) -> "Iterator[Rows]":
+        """One image of a state as uint8 bands `[n, w, c]` from the top."""
+        from runtime.images import to_uint8
+
+        yield from map(
+            to_uint8,
+            self.pipeline.draw(state, self.size, self.crop, self.exact, self.memory, index),
+        )
+
+    def save(
+        self, path: Path, images: "Sequence[Iterator[Rows]]", columns: int, metadata: dict[str, Any]
+    ) -> None:
+        """Write images as one PNG, a contact sheet of `columns`, as they are drawn."""
+        from tqdm import tqdm
+
+        from runtime.images import save_rows, sheet_rows, sheet_size
+
+        height, width = sheet_size(len(images), columns, (self.window.height, self.window.width))
+        channels = self.pipeline.model.r2ir.color_channels
+        with tqdm(total=height, desc=path.name, unit="row", leave=False, delay=1) as bar:
+
+            def drawn() -> "Iterator[Rows]":
+                for band in sheet_rows(images, columns):
+                    yield band
+                    bar.update(len(band))
+
+            save_rows(path, drawn(), (height, width, channels), metadata)
+
+
+if __name__ == "__main__":
+    cli.run(render, parser())
