@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     larger = "HxW of a larger latent, which takes the steps from --continue-from on"
     add("--continue-at", type=cli.size, help=larger)
     add("--continue-from", type=cli.number(1, 10_000, int), help="step number (half the steps)")
-    few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps at a latent {PREVIEW_SIDE} cells high or wide"
+    few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps with {PREVIEW_SIDE} cells a side"
     add("--preview", action="store_true", help=few)
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
