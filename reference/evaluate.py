@@ -197,7 +197,8 @@ def judged(
 ) -> dict[str, float]:
     """The share read as their label; PSNR and correlation of each with the other image's middle.
 
-    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1].
+    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1]. The correlation
+    is the mean over images, 0 for a blank one.
     """
     right = (read(classifier, images) == labels).float().mean().item()
     a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
@@ -220,8 +221,8 @@ def continued(
     labels = torch.arange(count) % 10
     one_hot = F.one_hot(labels, models.config.condition.labels).float()
     found: dict[str, dict[str, float]] = {}
-    for share in tqdm(CONTINUED_FROM, desc="continued", unit="step"):
-        stop = round(share * args.steps)
+    stops = sorted({round(share * args.steps) for share in CONTINUED_FROM})
+    for stop in tqdm(stops, desc="continued", unit="step"):
         started, images = time.perf_counter(), []
         for part in batches(count, CONTINUED[1]):
             images.append(continued_at(models, one_hot[part], part, stop, args))
