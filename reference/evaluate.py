@@ -257,7 +257,8 @@ def judged(
 ) -> dict[str, float]:
     """The share read as their label; PSNR and correlation of each with the other image's middle.
 
-    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1].
+    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1]. The correlation
+    is the mean over images, 0 for a blank one.
     """
     right = (read(classifier, images) == labels).float().mean().item()
     a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
