@@ -257,7 +257,8 @@ def judged(
 ) -> dict[str, float]:
     """The share read as their label; PSNR and correlation of each with the other image's middle.
 
-    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1].
+    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1]. The correlation
+    is the mean over images, 0 for a blank one.
     """
     right = (read(classifier, images) == labels).float().mean().item()
     a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
@@ -291,7 +292,7 @@ def continued(classifier: Classifier, args: argparse.Namespace) -> dict[str, dic
     """
     labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
     found: dict[str, dict[str, float]] = {}
-    stops = dict.fromkeys(round(share * args.steps) for share in CONTINUED_FROM)
+    stops = sorted({round(share * args.steps) for share in CONTINUED_FROM})
     for stop in tqdm(stops, desc="continued", unit="size"):
         started = time.perf_counter()
         parts = batches(len(labels), CONTINUED[1])

@@ -72,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     larger = "HxW of a larger latent, which takes the steps from --continue-from on"
     add("--continue-at", type=cli.size, help=larger)
     add("--continue-from", type=cli.number(1, 10_000, int), help="step number (half the steps)")
-    few = f"{PREVIEW_STEPS} steps at a latent {PREVIEW_SIDE} cells high or wide"
-    add("--preview", action="store_true", help=f"first write OUT-preview.png: {few}")
+    few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps with {PREVIEW_SIDE} cells a side"
+    add("--preview", action="store_true", help=few)
     add("--state", type=Path, help="also keep what runtime.render draws from, as NAME.npz")
     add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
