@@ -65,7 +65,7 @@ def export_published(folder: Path) -> None:
         if not source.name.startswith("r2ir"):
             continue
         path = folder / f"{source.name}.onnx"
-        onnx_from_source(source, path)
+        path.write_bytes(onnx_from_source(source).SerializeToString())
         axes = {axis for t in source.inputs for axis in t.axes if isinstance(axis, str)}
         ranges = dict.fromkeys(axes, (1, 65536))
         digest = sha256(path.read_bytes())

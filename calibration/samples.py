@@ -12,7 +12,8 @@ import numpy as np
 from runtime import schedule
 from runtime.coordinates import grid
 from runtime.manifest import Array, Manifest
-from runtime.pipeline import Pipeline, Size
+from runtime.pipeline import Pipeline
+from runtime.tiles import Size
 
 PICTURES = 3
 DRAWING_STEPS = 20

@@ -292,7 +292,7 @@ def continued(classifier: Classifier, args: argparse.Namespace) -> dict[str, dic
     """
     labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
     found: dict[str, dict[str, float]] = {}
-    stops = dict.fromkeys(round(share * args.steps) for share in CONTINUED_FROM)
+    stops = sorted({round(share * args.steps) for share in CONTINUED_FROM})
     for stop in tqdm(stops, desc="continued", unit="size"):
         started = time.perf_counter()
         parts = batches(len(labels), CONTINUED[1])

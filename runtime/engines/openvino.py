@@ -6,7 +6,7 @@ the FFNs of the step do in the form for processors.
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,9 @@ class OpenVinoEngine:
         self.native = self._compile()
         self._threads = threading.local()
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
         sizes = self.spec.check_inputs(inputs)
         try:
@@ -91,7 +93,8 @@ class OpenVinoEngine:
             if _out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
-        return {tensor.name: found[tensor.name] for tensor in self.spec.outputs}
+        names = outputs or [tensor.name for tensor in self.spec.outputs]
+        return {name: found[name] for name in names}
 
     def _request(self) -> Any:
         """This thread's request of the graph as it is compiled now."""

@@ -49,11 +49,14 @@ def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: C
     assert "by graphs in fp32" in again.stdout and "-1.0000" not in again.stdout
     drawn = json.loads((tmp_path / "out" / "report.json").read_text())
     stops = drawn["continued"]["8x8 then 16x16"]
-    assert stops["0"]["correlation"] > 0.999 > stops["1"]["correlation"]
+    assert stops["0"]["psnr"] > 100 > stops["1"]["psnr"]
+    for kind, sizes in drawn["same_picture"].items():
+        for size, found in sizes.items():
+            assert found["psnr"] == pytest.approx(same[kind][size]["psnr"], abs=0.05)
     (tmp_path / "out" / "report.json").write_text(json.dumps(report))
     resumed = command("reference.evaluate", *args, *small)
     assert "-1.0000" in resumed.stdout
     assert len(re.findall(r"^  \d+x\d+: ", resumed.stdout, re.M)) == 1  # only what was missing
-    both = (d.stdout.split("images:")[1].split("steps at the first")[0] for d in (again, resumed))
+    both = (d.stdout.split("images:")[1].split("likeness")[0] for d in (again, resumed))
     tables = [sorted(line for line in d.splitlines()[1:] if line[:2] == "  ") for d in both]
     assert tables[0] == tables[1]  # graphs and PyTorch draw the same
