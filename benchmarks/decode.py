@@ -109,9 +109,9 @@ def tiled_decode(
 
 def speed(args: argparse.Namespace) -> None:
     """Seconds and peak memory of every contender, in one run."""
-    with tempfile.TemporaryDirectory() as name:
-        alone(partial(export_published, Path(name)))
-        ours = partial(tiled_decode, Path(name), args.latent, args.size, args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        alone(partial(export_published, Path(folder)))
+        ours = partial(tiled_decode, Path(folder), args.latent, args.size, args.threads)
         contenders: dict[str, Callable[[], Any]] = {
             "tiles": partial(ours, False, args.memory),
             "torch eager": partial(torch_decode, args.latent, args.size, args.threads),
@@ -119,13 +119,17 @@ def speed(args: argparse.Namespace) -> None:
         }
         if args.exact:
             contenders["tiles, exact"] = partial(ours, True, args.memory)
-        rows = {name: alone(work) for name, work in contenders.items()}
+        print(f"\npublished width, {text(args.latent)} latent -> {text(args.size)}", flush=True)
+        rows = {}
+        for name, work in contenders.items():
+            rows[name] = alone(work)
+            print(f"  {name:12} {rows[name][1]:7.2f} s {rows[name][2] / 1e6:7.0f} MB", flush=True)
     wanted, slowest, largest = rows["torch eager"]
-    print(f"\npublished width, {text(args.latent)} latent -> {text(args.size)}")
+    print("against torch eager: times as fast, share of its memory, error")
     for name, (pixels, seconds, peak) in rows.items():
         print(
-            f"  {name:12} {seconds:7.2f} s ({slowest / seconds:5.2f}×)  {peak / 1e6:7.0f} MB "
-            f"(1/{largest / peak:.1f})  {errors(pixels, wanted)}"
+            f"  {name:12} {slowest / seconds:6.2f}×  1/{largest / peak:.1f}  "
+            f"{errors(pixels, wanted)}"
         )
 
 
