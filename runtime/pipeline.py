@@ -418,7 +418,7 @@ class Pipeline:
 
         So are the engines of a provider that takes its sizes from the plans.
         """
-        plan = self.manifest.plan("r2ir_decode", self.options.precision)
+        plan = self.manifest.plan("r2ir_decode", self.options.form)
         builds = bool(PROVIDERS[self.options.provider].profiles) and plan is not None
         return self.options.plans or builds
 
