@@ -176,7 +176,7 @@ pipeline = open_bundle(sys.argv[1], EngineOptions(threads=1))
 small = lambda: pipeline.generate([1], latent=(4, 4), steps=2).images.tobytes()
 before = small()
 limit_memory(400 << 20)
-for size in {"latent": (2048, 2048), "image": (8, 8)}, {"latent": (4, 4), "image": (4096, 4096)}:
+for size in {"latent": (2048, 2048), "image": (8, 8)}, {"latent": (4, 4), "image": (16384, 16384)}:
     try:
         pipeline.generate([1], steps=1, **size)
         sys.exit("the large request was met")
@@ -194,7 +194,7 @@ def test_a_smaller_request_works_after_memory_ran_out(tiny_bundle: Path) -> None
     engine, array = done.stdout.splitlines()  # the library's allocator and numpy's
     assert engine.startswith("ResourceError") and "out of memory" in engine
     assert "requested buffer of size" in engine and "MiB are available" in engine
-    assert array.startswith("MemoryError") and "Unable to allocate" in array
+    assert array.startswith(("MemoryError", "ResourceError"))
 
 
 @LINUX
@@ -206,8 +206,9 @@ def test_a_command_without_memory_ends_with_5(
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 
-    args = ("--engine", tiny_bundle, "--steps", 1, "--label", 1, "--image", "30000x30000")
-    done = command("runtime.generate", *args, "--threads", 1, preexec_fn=limit)
+    args = ("--engine", tiny_bundle, "--steps", 1, "--label", 1, "--image", "32x32")
+    large = ("--latent", "8000x8000", "--noise", "independent", "--threads", 1)
+    done = command("runtime.generate", *args, *large, preexec_fn=limit)
     assert done.returncode == 5 and "out of memory" in done.stderr
     assert "MiB are available" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
