@@ -55,11 +55,12 @@ def test_variants_and_plans_are_shown(own_bundle: Path, command: Command) -> Non
 
 
 def test_files_that_are_not_whole_are_named_with_3(own_bundle: Path, command: Command) -> None:
+    count = len(read_manifest(own_bundle).forms())
     (own_bundle / "r2id.onnx").write_bytes(b"altered")
     (own_bundle / "r2ir_decode.onnx").unlink()
     for options in ((), ("--json",)):
         done = command("runtime.inspect", own_bundle, *options)
-        assert done.returncode == 3 and "2 of 13 files" in done.stderr
+        assert done.returncode == 3 and f"2 of {count} files" in done.stderr
         assert "r2id.onnx altered, r2ir_decode.onnx missing" in done.stderr
         assert "Traceback" not in done.stderr and "r2ir_encode" in done.stdout
     assert json.loads(done.stdout)["files"]["r2ir_decode.onnx"] == "missing"
