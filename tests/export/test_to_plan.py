@@ -44,7 +44,7 @@ def built(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = [sys.executable, "-m", "export.to_plan", str(bundle), *TARGETS, *SMALL]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "9 for sm120, sm89" in done.stdout and "100%" in done.stderr
+    assert "10 for sm120, sm89" in done.stdout and "100%" in done.stderr
     return bundle
 
 
