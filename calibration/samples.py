@@ -127,7 +127,11 @@ class Recorder(Pipeline):
         self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
 
     def engine(self, graph: str) -> Engine:
-        return RecordingEngine(super().engine(graph), graph, self.recorded)
+        return self.recording(graph, super().engine(graph))
+
+    def recording(self, graph: str, engine: Engine) -> Engine:
+        """`engine`, its runs kept."""
+        return RecordingEngine(engine, graph, self.recorded)
 
     def render(self) -> None:
         """Draw again what r2ir_decode drew last, given its ratios."""
