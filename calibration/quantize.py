@@ -164,6 +164,12 @@ def with_quantized_tokens(
         quantizer.quantize_model()
     quantizer.model.topological_sort()
     made: ModelProto = quantizer.model.model
+    # The library quantises a tensor for all its readers: the others get theirs back.
+    given_back = {f"{layer.tokens}_DequantizeLinear_Output": layer.tokens for layer in chosen}
+    inside = {name for layer in chosen for name in layer.nodes}
+    for node in made.graph.node:
+        if node.name not in inside:
+            node.input[:] = [given_back.get(name, name) for name in node.input]
     return made
 
 
