@@ -125,10 +125,7 @@ def test_one_set_of_scales_serves_all_sizes(manifest: Manifest) -> None:
     samples = Samples(manifest)
     for size in ((8, 8), (48, 48)):
         sizes = {"height": size[0], "width": size[1], "batch": 1, "conditions": 2}
-        own = [
-            Sample("r2id", size, samples.take("r2id", sizes, number)[0])
-            for number in range(5)
-        ]
+        own = [Sample("r2id", size, samples.take("r2id", sizes, number)[0]) for number in range(5)]
         found = token_ranges(model, tokens, own, 100)
         ratios = [found[name] / calibrated[name] for name in tokens]
         assert 0.3 < np.median(ratios) < 1.5
