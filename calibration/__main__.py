@@ -47,7 +47,7 @@ def calibrate(args: argparse.Namespace) -> None:
                 "Leave --precision out"
             )
         precisions = [given.precision]
-    settings = Settings(args.sizes, args.guidance, args.steps, args.pictures, args.seed)
+    settings = Settings(args.sizes, args.guidance, args.steps, args.every, args.pictures, args.seed)
     with staging(manifest.folder) as scratch:
         if args.samples:
             samples = load(args.samples, manifest)
@@ -59,9 +59,9 @@ def calibrate(args: argparse.Namespace) -> None:
             made[precision], choices[precision] = make_variant(
                 manifest, precision, samples, args, scratch, given
             )
-        put_variants(manifest, made, scratch)
         for precision, own in choices.items():
             own.write(manifest.folder / choice_file(precision))
+        put_variants(manifest, made, scratch)
     for precision, own in choices.items():
         print(choices_text(manifest, own, made[precision]))
 
@@ -75,7 +75,7 @@ def make_variant(
     given: Choices | None,
 ) -> tuple[dict[str, GraphSpec], Choices]:
     """Every heavy graph in one precision in `folder`, checked; the choice that it was made by."""
-    budget = given.budget if given else args.budget or BUDGETS[precision]
+    step, r2ir = (args.budget, args.budget) if args.budget else BUDGETS[precision]
     percentile = given.percentile if given else args.percentile
     replay = (args.choice, given) if given else None
     fp32 = Samples(manifest)
@@ -83,10 +83,11 @@ def make_variant(
     with tqdm(HEAVY, desc=precision, unit="graph") as bar:
         for name in bar:
             bar.set_postfix_str(name)
+            budget = step if name == "r2id" else r2ir
             work = quantize_graph(manifest, name, precision, samples, budget, percentile, replay)
             specs[name] = write_variant(work, name, precision, folder, fp32)
             choices[name] = work.choice
-    made = Choices(fingerprint(manifest), precision, budget, percentile, choices)
+    made = Choices(fingerprint(manifest), precision, percentile, choices)
     return specs, made
 
 
@@ -114,7 +115,7 @@ def choices_text(manifest: Manifest, choices: Choices, specs: dict[str, GraphSpe
         left = ", ".join(choice.fp32) or "none"
         count = f"{len(choice.quantized)} of {total}"
         rows.append([name, count, f"{choice.error:.1e}", left, f"{share:.2f}×"])
-    return f"{choices.precision}, budget {choices.budget:g}\n{cli.table(rows)}"
+    return f"{choices.precision}\n{cli.table(rows)}"
 
 
 def precisions(text: str) -> list[str]:
@@ -152,7 +153,8 @@ def main() -> None:
     add("--data", type=Path, help="MNIST's IDX files, whose pictures go through R2IR")
     add("--sizes", type=sizes, default=default.sizes, help="latent sizes of the samples")
     add("--guidance", type=scales, default=default.guidance_scales, help="their guidance scales")
-    add("--steps", type=cli.number(1, 1000, int), default=default.steps, help="DDIM steps (12)")
+    add("--steps", type=cli.number(1, 1000, int), default=default.steps, help="DDIM steps (50)")
+    add("--every", type=cli.number(1, 1000, int), default=default.every, help="n-th one kept (5)")
     add("--pictures", type=cli.number(1, 64, int), default=default.pictures, help="per run (2)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), default=0, help="of noise and pictures")
     cli.run(calibrate, p)

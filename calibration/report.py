@@ -62,22 +62,19 @@ class Judged(Recorder):
     """A pipeline in one precision; halves are emulated, since no engine here runs bf16."""
 
     def __init__(self, manifest: Manifest, precision: str):
-        super().__init__(manifest)
-        self.precision = precision
-        self.opened: dict[str, Engine] = {}
+        super().__init__(manifest, EngineOptions(precision=precision))
+        self.emulated: dict[str, Engine] = {}
 
-    def engine(self, graph: str) -> Engine:
-        if graph in self.opened:
-            return self.opened[graph]
-        spec = self.manifest.variants.get(self.precision, {}).get(graph)
-        if spec is None:
-            return super().engine(graph)
-        data = self.manifest.file_bytes(spec)
-        if self.precision in HALVES:
-            data = emulated(onnx.load_model_from_string(data)).SerializeToString()
-        own = OnnxRuntimeEngine(spec, data, EngineOptions())
-        self.opened[graph] = self.recording(graph, own)
-        return self.opened[graph]
+    def engine(self, graph: str, precision: str | None = None) -> Engine:
+        precision = precision or self.options.precision
+        spec = self.manifest.graph(graph, precision)
+        if spec.precision not in HALVES:
+            return super().engine(graph, precision)
+        if graph not in self.emulated:
+            model = emulated(onnx.load_model_from_string(self.manifest.file_bytes(spec)))
+            data = model.SerializeToString()
+            self.emulated[graph] = OnnxRuntimeEngine(spec, data, EngineOptions())
+        return self.recording(graph, self.emulated[graph])
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
         """Draw `PICTURES` images, every run of the step graph kept."""
@@ -95,7 +92,10 @@ class Judged(Recorder):
         return Trajectory([*latents, x], eps, self.decode(x, self.image_size(size)))
 
     def eps_errors(self, fp32: Trajectory, size: Size, steps: int, bar: Any) -> list[float]:
-        """`rms_error` of eps at every step, given the latents of fp32."""
+        """`rms_error` of eps at every step, given the latents of fp32.
+
+        Also of the first steps, which `Pipeline.exact_steps` leaves to fp32 in a trajectory.
+        """
         labels: list[Label] = [i % self.model.condition.labels for i in range(PICTURES)]
         conditions, _ = self.branches(labels, GUIDANCE)
         inputs, film = self.step_inputs(conditions, size, steps)
@@ -168,6 +168,7 @@ def classifier(path: Path) -> Any:
 
     Batch normalisation is folded into the convolutions. Raises ArtefactError for other weights.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
@@ -196,7 +197,7 @@ def classifier(path: Path) -> Any:
             nodes.append(helper.make_node("Gemm", [given, *names], [made], transB=1))
             if made == "hidden":
                 nodes.append(helper.make_node("Relu", ["hidden"], ["active"]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ArtefactError(
             f"{path}: no classifier of digits ({type(error).__name__}: {error}). Make it with: "
             "make evaluate"

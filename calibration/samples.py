@@ -21,11 +21,11 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime import schedule
-from runtime.engines import Engine
+from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.manifest import Array, Manifest
-from runtime.pipeline import Label, Pipeline, Size
+from runtime.pipeline import EXACT_BELOW, Label, Pipeline, Size
 
 PICTURES = 3
 DRAWING_STEPS = 20
@@ -47,12 +47,15 @@ Arrays = dict[str, Array]
 class Settings:
     """What a calibration set is drawn with; `pictures` images go into each run.
 
-    A guidance scale of 0 runs the null condition alone, 1 the condition alone, others both.
+    A guidance scale of 0 runs the null condition alone, 1 the condition alone, others both. Of each
+    trajectory every `every`-th step is kept, from another first one each time, so that together
+    they hold every t. The steps that 8-bit precisions leave to fp32 are no samples.
     """
 
     sizes: tuple[Size, ...] = ((4, 4), (8, 8), (16, 16), (9, 16), (16, 6), (32, 32))
     guidance_scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
-    steps: int = 12
+    steps: int = 50
+    every: int = 5
     pictures: int = 2
     seed: int = 0
 
@@ -122,12 +125,12 @@ class Samples:
 class Recorder(Pipeline):
     """A pipeline that keeps what its graphs took and gave last: graph -> (inputs, outputs)."""
 
-    def __init__(self, manifest: Manifest):
-        super().__init__(manifest)
+    def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
+        super().__init__(manifest, options)
         self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
 
-    def engine(self, graph: str) -> Engine:
-        return self.recording(graph, super().engine(graph))
+    def engine(self, graph: str, precision: str | None = None) -> Engine:
+        return self.recording(graph, super().engine(graph, precision))
 
     def recording(self, graph: str, engine: Engine) -> Engine:
         """`engine`, its runs kept."""
@@ -214,9 +217,9 @@ def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Ite
             yield from through_r2ir(pipeline, pictures, size)
             bar.update()
             for turn, scale in enumerate(settings.guidance_scales):
-                first = number * len(settings.guidance_scales) + turn
-                own = [(first * count + i) % labels for i in range(count)]
-                yield from trajectory(pipeline, own, size, scale, settings)
+                turn += number * len(settings.guidance_scales)
+                own = [(turn * count + i) % labels for i in range(count)]
+                yield from trajectory(pipeline, own, size, scale, settings, turn)
                 bar.update()
 
 
@@ -236,15 +239,22 @@ def through_r2ir(pipeline: Recorder, pictures: Array, size: Size) -> Iterator[Sa
 
 
 def trajectory(
-    pipeline: Recorder, labels: Sequence[Label], size: Size, scale: float, settings: Settings
+    pipeline: Recorder,
+    labels: Sequence[Label],
+    size: Size,
+    scale: float,
+    settings: Settings,
+    turn: int,
 ) -> Iterator[Sample]:
-    """Every run of the step graph in one DDIM trajectory."""
+    """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
     noise = pipeline.noise(settings.seed, range(len(labels)), size)
     times = schedule.timesteps(settings.steps)
+    alpha_bars = schedule.sampling_alpha_bar(settings.steps)
     found: list[Sample] = []
 
     def keep(step: int) -> None:
-        found.append(recorded(pipeline, "r2id", size, float(times[step]), scale))
+        if (step + turn) % settings.every == 0 and alpha_bars[step] >= EXACT_BELOW:
+            found.append(recorded(pipeline, "r2id", size, float(times[step]), scale))
 
     pipeline.sample(labels, noise, size, settings.steps, scale, 0.0, keep)
     keep(settings.steps)

@@ -208,8 +208,10 @@ def test_a_killed_command_leaves_a_whole_bundle(
         sizes=(),
         guidance=(),
         steps=1,
+        every=1,
         pictures=1,
         seed=0,
+        budget=None,
     )
     replacing = Path.replace
 
@@ -239,7 +241,7 @@ def test_nan_is_refused(manifest: Manifest, tmp_path: Path) -> None:
         if tensor.name == name:
             values = np.full_like(numpy_helper.to_array(tensor), np.nan)
             tensor.CopyFrom(numpy_helper.from_array(values, name))
-    choice = quantize.Choice((), (), {}, 0.0)
+    choice = quantize.Choice((), (), {}, 0.0, 0.0)
     work = quantize.Work(spec, broken, choice)
     with pytest.raises(ArtefactError, match=r"NaN or infinity\. Nothing is written"):
         quantize.write_variant(work, "r2ir_encode", "int8", tmp_path, Samples(manifest))

@@ -14,7 +14,9 @@ from runtime.manifest import read_manifest
 from runtime.pipeline import Pipeline
 from tests.conftest import Command
 
-FEW = Settings(sizes=((4, 4), (3, 5)), guidance_scales=(0.0, 1.0, 2.0), steps=3, pictures=2, seed=5)
+FEW = Settings(
+    sizes=((4, 4), (3, 5)), guidance_scales=(0.0, 1.0, 2.0), steps=3, every=1, pictures=2, seed=5
+)
 
 
 def the_file(folder: Path) -> Path:
@@ -34,9 +36,9 @@ def rewritten(path: Path, change: Any) -> None:
 def test_whole_trajectories_at_every_size_and_scale(own_bundle: Path) -> None:
     found = calibration_set(read_manifest(own_bundle), FEW, own_bundle, own_bundle, None)
     covered = coverage(found)
-    assert covered["sizes"]["r2id"] == {"4x4": 12, "3x5": 12}
+    assert covered["sizes"]["r2id"] == {"4x4": 9, "3x5": 9}
     assert covered["t"] == dict.fromkeys(("1.000", "0.667", "0.333", "0.000"), 6)
-    assert covered["guidance_scale"] == {"0": 8, "1": 8, "2": 8}
+    assert covered["guidance_scale"] == {"0": 6, "1": 6, "2": 6}
     assert all(len(covered["sizes"][name]) >= 2 for name in HEAVY)
     branches = {s.guidance_scale: len(s.inputs["text_k"]) for s in found if s.graph == "r2id"}
     assert branches == {0.0: 1, 1.0: 1, 2.0: 2}
@@ -47,12 +49,17 @@ def test_a_trajectory_s_samples_are_the_sampler_s_own(own_bundle: Path) -> None:
     manifest = read_manifest(own_bundle)
     found = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
     own = [s for s in found if s.graph == "r2id" and s.size == (4, 4) and s.guidance_scale == 2]
-    assert [s.t for s in own] == [1, pytest.approx(2 / 3), pytest.approx(1 / 3), 0]
+    assert [s.t for s in own] == pytest.approx([2 / 3, 1 / 3, 0])
     pipeline = Pipeline(manifest)
     noise = pipeline.noise(5, range(2), (4, 4))
-    np.testing.assert_array_equal(own[0].inputs["latent"], noise.draw())
-    last = pipeline.sample([4, 5], pipeline.noise(5, range(2), (4, 4)), (4, 4), 3, 2.0, 0.0, None)
+    last = pipeline.sample([4, 5], noise, (4, 4), 3, 2.0, 0.0, None)
     np.testing.assert_array_equal(own[-1].inputs["latent"], last)
+
+
+def test_together_trajectories_hold_every_t(own_bundle: Path) -> None:
+    some = Settings(((2, 2),), (0.0, 1.0, 2.0, 4.0, 3.0), steps=50, every=5, pictures=1)
+    found = calibration_set(read_manifest(own_bundle), some, own_bundle, own_bundle, None)
+    assert [*coverage(found)["t"].values()] == [1] * 50  # t = 1 is fp32's
 
 
 def test_the_cache_is_used_and_knows_its_settings(
