@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ from calibration import quantize
 from calibration.half import half_tensors, moving_axes
 from calibration.quantize import FORMS, Layer, Probe, choose, layers, quantized, token_ranges
 from calibration.samples import HEAVY, Sample, Samples, load
+from runtime.engines import Engine, EngineOptions
 from runtime.errors import ArtefactError
 from runtime.files import TEMPORARY_PREFIX
 from runtime.images import read_metadata
-from runtime.manifest import GraphSpec, Manifest, read_manifest
+from runtime.manifest import Array, GraphSpec, Manifest, read_manifest
+from runtime.pipeline import open_bundle
 from tests.conftest import Command
 
 
@@ -270,3 +273,61 @@ def test_a_bundle_without_the_form_says_how_to_make_it(tiny_bundle: Path, comman
     done = command("runtime.generate", "--engine", tiny_bundle, "--precision", "int8")
     assert done.returncode == 2
     assert f"python -m calibration {tiny_bundle} --precision int8" in done.stderr
+
+
+def test_a_trajectory_starts_in_fp32(quantized_bundle: Path) -> None:
+    """Where alpha_bar is least: its one step of 1 to 50, and 15 of 1000."""
+    exact, ours = (
+        open_bundle(quantized_bundle, EngineOptions(precision=p)) for p in ("fp32", "int8")
+    )
+    assert [ours.exact_steps(steps) for steps in (1, 3, 50, 1000)] == [1, 1, 1, 15]
+    assert exact.exact_steps(1000) == 0
+    for steps, same in ((1, True), (3, False)):
+        drawn = []
+        for pipeline in (exact, ours):
+            noise = pipeline.noise(0, [0], (4, 4))
+            drawn.append(pipeline.sample([1], noise, (4, 4), steps, 2.0, 0.0, None))
+        assert np.array_equal(drawn[0], drawn[1]) == same
+
+
+class OnDevice:
+    """An engine of the step graph that makes the DDIM update too, as a plan does."""
+
+    provider = "device"
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.runs = 0
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise AssertionError("a plan's latent stays on the device")
+
+    def sample(
+        self,
+        inputs: Mapping[str, Array],
+        updates: Iterable[Mapping[str, Array]],
+        on_step: Callable[[int], object] | None = None,
+    ) -> Array:
+        held = dict(inputs)
+        for update in updates:
+            held |= update
+            given = {k: v for k, v in held.items() if k not in ("keep", "weights", "noise")}
+            eps = self.engine.run(given)["eps"]
+            moved = held["keep"] * held["latent"] + (held["weights"] * eps).sum(0)
+            held["latent"] = (moved + held["noise"]).astype(np.float32)
+            self.runs += 1
+        return held["latent"]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_on_a_device_it_starts_in_fp32_too(quantized_bundle: Path, eta: float) -> None:
+    drawn, engines = [], []
+    for device in (False, True):
+        pipeline = open_bundle(quantized_bundle, EngineOptions(precision="int8"))
+        if device:
+            engines = [OnDevice(pipeline.engine("r2id", p)) for p in ("fp32", "int8")]
+            pipeline._engines["r2id", "fp32"], pipeline._engines["r2id", "int8"] = engines
+        noise = pipeline.noise(0, [0], (4, 4))
+        drawn.append(pipeline.sample([1], noise, (4, 4), 4, 2.0, eta, None))
+    assert [engine.runs for engine in engines] == [1, 3]
+    np.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())
