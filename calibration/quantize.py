@@ -124,9 +124,7 @@ def quantized(
     both = [layer for layer in chosen if form.tokens and layer.tokens is not None]
     made = with_quantized_tokens(model, both, ranges) if both else model
     weights = {layer.weight for layer in chosen if layer not in both}
-    made = with_stored_weights(made, weights, form.weights)
-    onnx.checker.check_model(made, full_check=True)
-    return made
+    return with_stored_weights(made, weights, form.weights)
 
 
 def with_quantized_tokens(
@@ -448,6 +446,7 @@ def write_variant(
 
     Raises ArtefactError at a NaN or infinity.
     """
+    onnx.checker.check_model(work.model, full_check=True)
     data = work.model.SerializeToString(deterministic=True)
     file = f"{name}.{precision}.onnx"
     (folder / file).write_bytes(data)
