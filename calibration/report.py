@@ -7,16 +7,19 @@ file sizes, seconds per step and peak memory on each engine here. fp16 and bf16 
 """
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from runtime import cli, schedule
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.errors import ArtefactError, ToolkitError
-from runtime.files import atomic_write
+from runtime.files import atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
 from runtime.pipeline import Label, Pipeline, Size, open_bundle
@@ -113,33 +116,51 @@ def psnr(found: Array, wanted: Array) -> float:
     return 10 * float(np.log10(4 / max(error, 4e-20)))
 
 
+class Measures:
+    """Measures by name in a JSON file, written as they come: a killed report goes on there."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings, self.found = path, settings, {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads(path.read_bytes())
+            if earlier["settings"] == settings:
+                self.found = dict(earlier["found"])
+
+    def take(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The measure from the file, or computed and written there."""
+        if name not in self.found:
+            self.found[name] = compute()
+            with atomic_write(self.path) as file:
+                data = {"settings": self.settings, "found": self.found}
+                file.write(json.dumps(data).encode())
+        return self.found[name]
+
+
 def quality(
-    manifest: Manifest, precisions: Sequence[str], sizes: Sequence[Size], steps: int, out: Path
+    manifest: Manifest, precisions: Sequence[str], size: Size, steps: int, out: Path
 ) -> dict[str, dict[str, Any]]:
-    """precision -> size -> errors; writes a sheet of images per size, a row per precision."""
-    found: dict[str, dict[str, Any]] = {precision: {} for precision in precisions}
+    """precision -> errors at a latent size; writes a sheet of images, a row per precision."""
+    found: dict[str, dict[str, Any]] = {}
     pipelines = {p: Judged(manifest, p) for p in ("fp32", *precisions)}
-    with tqdm(total=len(sizes) * (1 + 2 * len(precisions)) * steps, desc="quality") as bar:
-        for size in sizes:
-            name = name_of(size)
-            bar.set_postfix_str(name)
-            fp32 = pipelines["fp32"].trajectory(size, steps, bar)
-            rows = [fp32.images]
-            for precision in precisions:
-                own = pipelines[precision]
-                errors = own.eps_errors(fp32, size, steps, bar)
-                made = own.trajectory(size, steps, bar)
-                pairs = zip(made.latents, fp32.latents, strict=True)
-                found[precision][name] = {
-                    "eps_error_over_t": rounded(errors),
-                    "drift": rounded([rms_error({"x": a}, {"x": b}) for a, b in pairs]),
-                    "psnr_db": round(psnr(made.images, fp32.images), 2),
-                    **reconstruction(own, pipelines["fp32"], fp32.images, size),
-                }
-                rows.append(made.images)
-            sheet = contact_sheet(to_uint8(np.concatenate(rows)), PICTURES)
-            made_of = {"rows": ["fp32", *precisions], "latent": list(size)}
-            save_png(out / f"images-{name}.png", sheet, made_of)
+    total = (1 + 2 * len(precisions)) * steps
+    with tqdm(total=total, desc=f"quality {name_of(size)}", unit="step") as bar:
+        fp32 = pipelines["fp32"].trajectory(size, steps, bar)
+        rows = [fp32.images]
+        for precision in precisions:
+            own = pipelines[precision]
+            errors = own.eps_errors(fp32, size, steps, bar)
+            made = own.trajectory(size, steps, bar)
+            pairs = zip(made.latents, fp32.latents, strict=True)
+            found[precision] = {
+                "eps_error_over_t": rounded(errors),
+                "drift": rounded([rms_error({"x": a}, {"x": b}) for a, b in pairs]),
+                "psnr_db": round(psnr(made.images, fp32.images), 2),
+                **reconstruction(own, pipelines["fp32"], fp32.images, size),
+            }
+            rows.append(made.images)
+    sheet = contact_sheet(to_uint8(np.concatenate(rows)), PICTURES)
+    made_of = {"rows": ["fp32", *precisions], "latent": list(size)}
+    save_png(out / f"images-{name_of(size)}.png", sheet, made_of)
     return found
 
 
@@ -397,12 +418,19 @@ def report(args: argparse.Namespace) -> None:
         manifest.check_precision("int8")
     reader = classifier(args.classifier) if args.classifier else None
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = quality(manifest, precisions, args.sizes, args.steps, args.out)
-    small = [s for s in args.sizes if reader is not None and s[0] * s[1] <= MOST_DIGIT_TOKENS]
-    digits = {
-        p: {name_of(s): digits_read(manifest, p, s, reader, args.digits, args.steps) for s in small}
-        for p in ("fp32", *precisions)
+    measures = Measures(args.out / "measures.json", settings(manifest, precisions, args))
+    sizes = {
+        name_of(s): measures.take(
+            f"quality {name_of(s)}", partial(quality, manifest, precisions, s, args.steps, args.out)
+        )
+        for s in args.sizes
     }
+    small = [s for s in args.sizes if reader is not None and s[0] * s[1] <= MOST_DIGIT_TOKENS]
+    digits: dict[str, dict[str, float]] = {p: {} for p in ("fp32", *precisions)}
+    for p, s in itertools.product(digits, small):
+        read = partial(digits_read, manifest, p, s, reader, args.digits, args.steps)
+        digits[p][name_of(s)] = measures.take(f"digits {p} {name_of(s)}", read)
+    timings = partial(speed, manifest.folder, precisions, args.speed_sizes, args.threads)
     found: dict[str, Any] = {
         "bundle": manifest.sha256,
         "steps": args.steps,
@@ -410,11 +438,11 @@ def report(args: argparse.Namespace) -> None:
         "digits": args.digits if small else 0,
         "fp32_digits": digits["fp32"],
         "precisions": {},
-        "speed": speed(manifest.folder, precisions, args.speed_sizes, args.threads),
+        "speed": measures.take("speed", timings),
     }
     for precision in precisions:
         own = {
-            "sizes": sizes[precision],
+            "sizes": {name: row[precision] for name, row in sizes.items()},
             "digits_read_right": digits[precision],
             "files": files(manifest, precision),
             "layers": layer_errors(manifest, precision),
@@ -426,6 +454,23 @@ def report(args: argparse.Namespace) -> None:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
     print(as_text(found))
     print(f"report and pictures: {args.out}")
+
+
+def settings(
+    manifest: Manifest, precisions: Sequence[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """What measures depend on: they are taken anew where any of it has changed."""
+    return {
+        "bundle": manifest.sha256,
+        "precisions": [*precisions],
+        "steps": args.steps,
+        "digits": args.digits,
+        "classifier": sha256(args.classifier.read_bytes()) if args.classifier else "",
+        "speed_sizes": [name_of(size) for size in args.speed_sizes],
+        "threads": args.threads,
+        "engines": engines_here(),
+        "onnxruntime": load_library().__version__,
+    }
 
 
 def size_list(text: str) -> list[Size]:
