@@ -17,6 +17,7 @@ from calibration.half import half_tensors, moving_axes
 from calibration.quantize import FORMS, Layer, Probe, choose, layers, quantized, token_ranges
 from calibration.samples import HEAVY, Sample, Samples, load
 from runtime.engines import Engine, EngineOptions
+from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.files import TEMPORARY_PREFIX
 from runtime.images import read_metadata
@@ -79,14 +80,29 @@ def test_only_products_of_tokens_and_weights_are_quantised(manifest: Manifest, n
             assert values[node.input[1]].shape == weight.shape[-1:]
             assert readers[node.output[0]].op_type == "MatMul"
     pairs = sum(node.op_type == "QuantizeLinear" for node in made.graph.node)
-    tokens = {own[layer].tokens for layer in chosen.quantized} - {None}
-    assert pairs == len(tokens)
+    products = [n for layer in chosen.quantized if own[layer].tokens for n in own[layer].nodes]
+    assert pairs == len(products)
     for layer in chosen.fp32:
         assert layer in values and values[layer].dtype == np.float32
     for op in ("Sin", "Cos", "Div", "ReduceMean", "LayerNormalization", "Tanh"):
         for node in (node for node in made.graph.node if node.op_type == op):
             makers = [outputs[i].op_type for i in node.input if i in outputs]
             assert "DequantizeLinear" not in makers
+
+
+def test_every_quantised_product_is_one_integer_kernel(manifest: Manifest, tmp_path: Path) -> None:
+    """Also those that share their tokens, as keys and queries do."""
+    for name in HEAVY:
+        spec = manifest.graphs[name]
+        model = model_of(manifest, name)
+        own = [layer for layer in layers(model, spec).values() if layer.tokens]
+        made = quantized(model, own, FORMS["int8"], {str(layer.tokens): 4.0 for layer in own})
+        settings = load_library().SessionOptions()
+        settings.log_severity_level = 3
+        settings.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        load_library().InferenceSession(made.SerializeToString(), settings)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+        assert kinds.count("MatMulIntegerToFloat") == sum(len(layer.nodes) for layer in own)
 
 
 def test_weights_alone(manifest: Manifest) -> None:
