@@ -44,6 +44,7 @@ PROBES = 6  # samples of a graph that errors are measured with
 SMALLEST = 256  # numbers in a weight: below, storing it in 8 bits saves nothing
 FP8_LARGEST = 448.0  # of E4M3
 RANGE = 127
+QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -157,19 +158,57 @@ def with_quantized_tokens(
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "OpTypesToExcludeOutputQuantization": ["MatMul"],
+            "DedicatedQDQPair": True,
         },
     )
     with without_advice():
         quantizer.quantize_model()
     quantizer.model.topological_sort()
     made: ModelProto = quantizer.model.model
-    # The library quantises a tensor for all its readers: the others get theirs back.
-    given_back = {f"{layer.tokens}_DequantizeLinear_Output": layer.tokens for layer in chosen}
-    inside = {name for layer in chosen for name in layer.nodes}
-    for node in made.graph.node:
-        if node.name not in inside:
-            node.input[:] = [given_back.get(name, name) for name in node.input]
+    give_back_tokens(made, chosen)
+    separate_pairs(made)
     return made
+
+
+def give_back_tokens(model: ModelProto, chosen: Sequence[Layer]) -> None:
+    """Let all but the chosen products read tokens as they were.
+
+    The library quantises a tensor for all its readers, among them the sums over tokens.
+    """
+    source = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in QDQ}
+    tokens = {layer.tokens for layer in chosen}
+    inside = {name for layer in chosen for name in layer.nodes}
+    for node in model.graph.node:
+        if node.name in inside or node.op_type in QDQ:
+            continue
+        for place, name in enumerate(node.input):
+            exact = source.get(source.get(name, ""))
+            if exact in tokens:
+                node.input[place] = exact
+
+
+def separate_pairs(model: ModelProto) -> None:
+    """Give products that share tokens scales that differ in the last bit.
+
+    ONNX Runtime would make one QuantizeLinear of equal ones, and fuses none that two products read:
+    keys and queries would run in fp32.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    last: dict[str, str] = {}
+    moved: dict[str, str] = {}  # quantised tensor -> the scale of its own
+    for node in model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            tokens, scale = node.input[:2]
+            if tokens in last:
+                value = numpy_helper.to_array(constants[last[tokens]])
+                own = f"{scale}.{node.output[0]}"
+                next_value = np.nextafter(value, np.float32(np.inf), dtype=np.float32)
+                constants[own] = numpy_helper.from_array(np.array(next_value), own)
+                model.graph.initializer.append(constants[own])
+                node.input[1] = moved[node.output[0]] = own
+            last[tokens] = node.input[1]
+        elif node.op_type == "DequantizeLinear" and node.input[0] in moved:
+            node.input[1] = moved[node.input[0]]
 
 
 @contextlib.contextmanager

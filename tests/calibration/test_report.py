@@ -28,7 +28,7 @@ def test_the_command(
     assert own["sizes"].keys() == {"4x4", "3x5"}
     row = own["sizes"]["3x5"]
     assert len(row["eps_error_over_t"]) == 3 and len(row["drift"]) == 4 and row["drift"][0] == 0
-    assert 0 < max(row["eps_error_over_t"]) < 0.2 and max(row["drift"]) > 0
+    assert 0 < max(row["eps_error_over_t"][1:]) < 0.2 and max(row["drift"]) > 0
     assert own["files"]["times_fp32"] < 1 and own["layers"].keys() == set(HEAVY)
     speed = found["speed"]["cpu"]["4x4"]
     assert speed["fp32"]["times_fp32_on_cpu"] == 1
