@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans train evaluate bench test lint clean
+.PHONY: help generate export plans calibrate train evaluate bench test lint clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,12 @@ export: plans ## the shipped checkpoint as ONNX graphs in fp32, fp16 and bf16, a
 
 plans: build/mnist/.half ## TensorRT plans beside the graphs, for TARGETS
 	$(BIN)/python -m export.to_plan build/mnist --target $(TARGETS)
+
+calibrate: build/mnist/.half ## 8-bit graphs in build/mnist, and what each precision costs and gains
+	$(BIN)/python -m calibration build/mnist \
+		$(if $(wildcard $(DATA)/train-images*),--data $(DATA))
+	$(BIN)/python -m calibration.report build/mnist \
+		$(addprefix --classifier ,$(wildcard build/evaluation/classifier.safetensors))
 
 train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)

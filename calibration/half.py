@@ -31,7 +31,7 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
-from calibration.samples import Arrays, Samples
+from calibration.samples import HEAVY, Arrays, Samples
 from runtime import cli
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
@@ -48,11 +48,6 @@ from runtime.manifest import (
 )
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-# `r2ir_response` stays fp32: its sums over all pixels are what an exact drawing rests on.
-HEAVY = (
-    *("r2id", "r2ir_image_summary", "r2ir_encode"),
-    *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
-)
 # Largest relative_error of a graph: 64 unit roundoffs, of 2^-11 and 2^-8. It is the largest error
 # of any one number: at the edge of a stroke, where tanh is steep, ten times that of the rest.
 BOUNDS = {"fp16": 64 * 2**-11, "bf16": 64 * 2**-8}
@@ -353,19 +348,24 @@ def write_variant(
 def add_variants(args: argparse.Namespace) -> None:
     """Make and check the graphs beside their place, then put them there, the manifest last."""
     manifest = read_manifest(find_bundle(args.bundle))
-    folder = manifest.folder
-    with staging(folder) as scratch:
+    with staging(manifest.folder) as scratch:
         made = make_variants(manifest, args.precision, scratch, LARGE)
-        kept = {p: own for p, own in manifest.variants.items() if p not in made}
-        if kept != manifest.variants:  # no manifest may name a file while it is replaced
-            replace(manifest, variants=kept).write(folder)
-        for spec in [spec for own in made.values() for spec in own.values()]:
-            (scratch / spec.file).replace(folder / spec.file)
-        variants = {p: (kept | made)[p] for p in HALVES if p in kept | made}
-        replace(manifest, variants=variants).write(folder)
+        put_variants(manifest, made, scratch)
     for precision, own in made.items():
         error, name = max((row["error"], name) for name in own for row in own[name].parity)
         print(f"{precision}: {len(own)} graphs, largest difference from fp32 {error:.1e} in {name}")
+
+
+def put_variants(manifest: Manifest, made: dict[str, dict[str, GraphSpec]], scratch: Path) -> None:
+    """Move finished graphs from `scratch` into the bundle, the manifest last."""
+    folder = manifest.folder
+    kept = {p: own for p, own in manifest.variants.items() if p not in made}
+    if kept != manifest.variants:  # no manifest may name a file while it is replaced
+        replace(manifest, variants=kept).write(folder)
+    for spec in [spec for own in made.values() for spec in own.values()]:
+        (scratch / spec.file).replace(folder / spec.file)
+    variants = {p: (kept | made)[p] for p in cli.PRECISIONS if p in kept | made}
+    replace(manifest, variants=variants).write(folder)
 
 
 def precisions(text: str) -> list[str]:

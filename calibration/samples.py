@@ -3,16 +3,30 @@
 Pictures are drawn once; latents of any size are encoded from them, so they are in [-1, 1] however
 well the checkpoint draws, and the step graph sees them on their way from noise, at several
 alpha_bar.
+
+For quantisation `calibration_set` records whole DDIM trajectories, at several sizes and guidance
+scales, and R2IR on its way there and back; they are kept in a file that knows its bundle.
 """
 
-from collections.abc import Mapping
+import gzip
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from runtime import schedule
 from runtime.coordinates import grid
+from runtime.engines import Engine, EngineOptions
+from runtime.engines.onnxruntime import load_library
+from runtime.errors import ArtefactError
 from runtime.manifest import Array, Manifest
-from runtime.pipeline import Pipeline
+from runtime.pipeline import EXACT_BELOW, Label, Pipeline
 from runtime.tiles import Size
 
 PICTURES = 3
@@ -20,8 +34,48 @@ DRAWING_STEPS = 20
 # Step k of these is where the k-th sample (modulo their count) of the step graph is taken:
 # alpha_bar 1e-6, 0.14, 0.49, 0.85 and 1.
 TRAJECTORY_STEPS = 4
+FORMAT = 1
+FILE_NAME = "calibration-{}.npz"
+IDX_FILE = "train-images-idx3-ubyte"
+# `r2ir_response` stays fp32: its sums over all pixels are what an exact drawing rests on.
+HEAVY = (
+    *("r2id", "r2ir_image_summary", "r2ir_encode"),
+    *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
+)
 
 Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a calibration set is drawn with; `pictures` images go into each run.
+
+    A guidance scale of 0 runs the null condition alone, 1 the condition alone, others both. Of each
+    trajectory every `every`-th step is kept, from another first one each time, so that together
+    they hold every t. The steps that 8-bit precisions leave to fp32 are no samples.
+    """
+
+    sizes: tuple[Size, ...] = ((4, 4), (8, 8), (16, 16), (9, 16), (16, 6), (32, 32))
+    guidance_scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
+    steps: int = 50
+    every: int = 5
+    pictures: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run of a graph: its inputs, and where they come from.
+
+    `size` is the graph's own grid; `t` (1 noise, 0 clean) and `guidance_scale` are the step graph's
+    and None elsewhere.
+    """
+
+    graph: str
+    size: Size
+    inputs: Arrays
+    t: float | None = None
+    guidance_scale: float | None = None
 
 
 class Samples:
@@ -77,3 +131,215 @@ class Samples:
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
         inputs, film = self.pipeline.step_inputs(one_hot, size, TRAJECTORY_STEPS)
         return {"latent": x.astype(np.float32), "film": film[step], **inputs}
+
+
+class Recorder(Pipeline):
+    """A pipeline that keeps what its graphs took and gave last: graph -> (inputs, outputs)."""
+
+    def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
+        super().__init__(manifest, options)
+        self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
+
+    def engine(self, graph: str, precision: str | None = None) -> Engine:
+        return self.recording(graph, super().engine(graph, precision))
+
+    def recording(self, graph: str, engine: Engine) -> Engine:
+        """`engine`, its runs kept."""
+        return RecordingEngine(engine, graph, self.recorded)
+
+
+class RecordingEngine:
+    """An engine that puts the inputs and outputs of each run into `record`."""
+
+    def __init__(self, engine: Engine, graph: str, record: dict[str, tuple[Arrays, Arrays]]):
+        self.engine, self.graph, self.record = engine, graph, record
+        self.provider = engine.provider
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Arrays:
+        """As `Engine.run`."""
+        found = self.engine.run(inputs, outputs)
+        self.record[self.graph] = dict(inputs), found
+        return found
+
+
+def calibration_set(
+    manifest: Manifest, settings: Settings, folder: Path, scratch: Path, data: Path | None
+) -> list[Sample]:
+    """The bundle's samples, from `folder` where these settings and versions have made them.
+
+    `data` is a folder of MNIST's IDX files whose pictures go through R2IR; without it these are
+    pictures that the bundle draws. Written through `scratch`, a folder on the same disk.
+    """
+    pictures = read_pictures(data, settings) if data else None
+    given = hashlib.sha256(b"" if pictures is None else pictures.tobytes()).hexdigest()
+    key = {
+        "format": FORMAT,
+        "bundle": fingerprint(manifest),
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "pictures": given,
+        "versions": {"numpy": np.__version__, "onnxruntime": load_library().__version__},
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    path = folder / FILE_NAME.format(digest[:12])
+    if not path.exists():
+        save(scratch / path.name, key, drawn(manifest, settings, pictures))
+        (scratch / path.name).replace(path)
+    return load(path, manifest)
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """The SHA-256 of the fp32 graphs' own, which names a bundle whatever variants it has."""
+    own = {name: spec.sha256 for name, spec in sorted(manifest.graphs.items())}
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
+
+
+def read_pictures(folder: Path, settings: Settings) -> Array:
+    """Digits of MNIST's training images: float32 `[pictures, 1, 32, 32]` in [-1, 1]."""
+    found = [p for p in (folder / IDX_FILE, folder / f"{IDX_FILE}.gz") if p.is_file()]
+    if not found:
+        raise ArtefactError(f"{folder}: no {IDX_FILE} or {IDX_FILE}.gz. Name another --data")
+    try:
+        data = found[0].read_bytes()
+        data = gzip.decompress(data) if found[0].suffix == ".gz" else data
+        digits = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 28, 28)
+    except (OSError, EOFError, ValueError) as error:
+        raise ArtefactError(f"{found[0]}: no IDX file ({error}). Copy it again") from None
+    chosen = np.random.default_rng(settings.seed).choice(len(digits), settings.pictures, False)
+    padded = np.pad(digits[chosen], ((0, 0), (2, 2), (2, 2)))
+    return (padded[:, None] / np.float32(127.5) - 1).astype(np.float32)
+
+
+def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Iterator[Sample]:
+    """Every sample, drawn by the fp32 graphs."""
+    pipeline = Recorder(manifest)
+    count, labels = settings.pictures, manifest.model.condition.labels
+    if pictures is None or pictures.shape[1] != manifest.model.r2ir.color_channels:
+        own: list[Label] = [i % labels for i in range(count)]
+        pictures = pipeline.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
+    bar = tqdm(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
+    with bar:
+        for number, size in enumerate(settings.sizes):
+            bar.set_postfix_str(f"{size[0]}x{size[1]}")
+            yield from through_r2ir(pipeline, pictures, size)
+            bar.update()
+            for turn, scale in enumerate(settings.guidance_scales):
+                turn += number * len(settings.guidance_scales)
+                own = [(turn * count + i) % labels for i in range(count)]
+                yield from trajectory(pipeline, own, size, scale, settings, turn)
+                bar.update()
+
+
+def through_r2ir(pipeline: Pipeline, pictures: Array, size: Size) -> list[Sample]:
+    """Pictures to a latent of `size`, and the latent to an image of the training ratio.
+
+    The graphs run on whole images, which a pipeline may draw in tiles.
+    """
+    found: list[Sample] = []
+
+    def run(graph: str, at: Size, inputs: Arrays) -> Arrays:
+        found.append(Sample(graph, at, {**inputs, "coordinates": grid(*at)}))
+        return pipeline.engine(graph).run(found[-1].inputs)
+
+    image = pipeline.image_size(size)
+    at_size = pipeline.resample(pictures, image) if image != pictures.shape[2:] else pictures
+    for given in (pictures, at_size):
+        sums = run("r2ir_image_summary", (given.shape[2], given.shape[3]), {"pixels": given})
+    latent = run("r2ir_encode", size, sums)["latent"]
+    sums = run("r2ir_latent_summary", size, {"latent": latent})
+    response = run("r2ir_decode", image, sums)["response"]
+    run("r2ir_render", image, {**sums, "response": response})
+    return found
+
+
+def trajectory(
+    pipeline: Recorder,
+    labels: Sequence[Label],
+    size: Size,
+    scale: float,
+    settings: Settings,
+    turn: int,
+) -> Iterator[Sample]:
+    """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
+    noise, steps = pipeline.noise(settings.seed, range(len(labels)), size), settings.steps
+    times, alpha_bars = schedule.timesteps(steps), schedule.sampling_alpha_bar(steps)
+    found: list[Sample] = []
+
+    def keep(step: int) -> None:
+        if (step + turn) % settings.every == 0 and alpha_bars[step] >= EXACT_BELOW:
+            inputs, _ = pipeline.recorded["r2id"]
+            found.append(Sample("r2id", size, inputs, float(times[step]), scale))
+
+    guided = pipeline.branches(labels, scale)
+    pipeline.sample(noise.draw(), noise, guided, steps, 0.0, keep, (0, steps))
+    keep(steps)
+    yield from found
+
+
+def save(path: Path, key: Mapping[str, Any], samples: Iterable[Sample]) -> None:
+    """Write samples as an .npz of numbers alone, each array once however many samples share it."""
+    arrays: dict[str, Array] = {}
+    rows = []
+    for sample in samples:
+        names = {}
+        for name, value in sample.inputs.items():
+            digest = hashlib.sha256(value.tobytes() + repr(value.shape).encode()).hexdigest()[:24]
+            arrays[digest] = value
+            names[name] = digest
+        rows.append({**asdict(sample), "inputs": names})
+    index = np.frombuffer(json.dumps({"key": key, "samples": rows}).encode(), np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, index=index, **arrays)
+
+
+def load(path: Path, manifest: Manifest) -> list[Sample]:
+    """Read samples; raises ArtefactError where they are none, of another bundle, or not finite."""
+    again = "Delete it and make it again with: make calibrate"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            index = json.loads(file["index"].tobytes())
+            arrays = {name: file[name] for name in file.files if name != "index"}
+        made_of = index["key"]["bundle"]
+        samples = [
+            Sample(
+                row["graph"],
+                (int(row["size"][0]), int(row["size"][1])),
+                {name: arrays[digest] for name, digest in row["inputs"].items()},
+                row["t"],
+                row["guidance_scale"],
+            )
+            for row in index["samples"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtefactError(f"{path}: no calibration data ({reason}). {again}") from None
+    if made_of != fingerprint(manifest):
+        raise ArtefactError(
+            f"{path}: calibration data of another bundle; expected that of {manifest.folder}. "
+            f"{again}"
+        )
+    missing = [name for name in HEAVY if all(sample.graph != name for sample in samples)]
+    if missing:
+        raise ArtefactError(f"{path}: has no sample of {', '.join(missing)}. {again}")
+    for sample in samples:
+        for name, value in sample.inputs.items():
+            if not np.isfinite(value).all():
+                raise ArtefactError(
+                    f"{path}: NaN or infinity in {name} of {sample.graph} at "
+                    f"{sample.size[0]}x{sample.size[1]}; expected finite numbers. {again}"
+                )
+    return samples
+
+
+def coverage(samples: Sequence[Sample]) -> dict[str, Any]:
+    """How many samples there are of each graph at each size, and of the step graph at each t."""
+    sizes: dict[str, dict[str, int]] = {name: {} for name in HEAVY}
+    times: dict[str, int] = {}
+    scales: dict[str, int] = {}
+    for sample in samples:
+        own, size = sizes[sample.graph], f"{sample.size[0]}x{sample.size[1]}"
+        own[size] = own.get(size, 0) + 1
+        if sample.t is not None:
+            times[f"{sample.t:.3f}"] = times.get(f"{sample.t:.3f}", 0) + 1
+            scale = f"{sample.guidance_scale:g}"
+            scales[scale] = scales.get(scale, 0) + 1
+    return {"sizes": sizes, "t": times, "guidance_scale": scales}

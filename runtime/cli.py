@@ -17,7 +17,8 @@ from runtime.providers import PROVIDERS
 if TYPE_CHECKING:
     from runtime.pipeline import Pipeline
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+# Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")

@@ -159,9 +159,10 @@ class Manifest:
         """Raise UsageError where the bundle has no graph in `precision`."""
         found = ("fp32", *self.variants)
         if precision not in found:
+            made_by = "calibration.half" if precision in ("fp16", "bf16") else "calibration"
             raise UsageError(
                 f"{self.folder}: no graphs in {precision}; found {', '.join(found)}. Make them "
-                f"with: python -m calibration.half {self.folder} --precision {precision}"
+                f"with: python -m {made_by} {self.folder} --precision {precision}"
             )
 
     def plan(self, name: str, precision: str = "fp32") -> PlanSpec | None:

@@ -46,6 +46,10 @@ Crop = tuple[int, int, int, int]
 Label = int | Mapping[int, float] | None
 
 MOST_STEPS = 10_000
+# eps enters x0 divided by sqrt(alpha_bar): at 1e-6, where a trajectory starts, its error comes out
+# 1000 times as large. 8 bits begin where alpha_bar has reached this: after the second of 50 steps.
+EXACT_BELOW = 1e-3
+IN_8_BITS = ("int8", "int8w", "fp8")
 ENCODING = ("r2ir_image_summary", "r2ir_encode")
 DIFFUSING = ("r2id_condition", "r2id_film", "r2id_position", "r2id")
 
@@ -89,16 +93,29 @@ class Pipeline:
         self.options = options or EngineOptions()
         manifest.check_precision(self.options.form)
         self.model = manifest.model
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[tuple[str, str], Engine] = {}
         self._opening = threading.Lock()
         self._held: int | None = None  # bytes in memory before the first tile
 
-    def engine(self, graph: str) -> Engine:
-        """The engine of a graph, opened on first use."""
+    def engine(self, graph: str, precision: str | None = None) -> Engine:
+        """The engine of a graph, opened on first use; `precision` if not the pipeline's own."""
+        options = replace(self.options, precision=precision or self.options.precision)
+        key = graph, options.precision
         with self._opening:
-            if graph not in self._engines:
-                self._engines[graph] = open_engine(self.manifest, graph, self.options)
-            return self._engines[graph]
+            if key not in self._engines:
+                self._engines[key] = open_engine(self.manifest, graph, options)
+            return self._engines[key]
+
+    def exact_steps(self, steps: int) -> int:
+        """How many of the first of `steps` run in fp32, whatever the precision; see EXACT_BELOW."""
+        if self.options.precision not in IN_8_BITS:
+            return 0
+        return int((schedule.sampling_alpha_bar(steps)[:-1] < EXACT_BELOW).sum())
+
+    def step_engines(self, steps: int) -> tuple[Engine, Engine]:
+        """The engines of `r2id`: of the first `exact_steps` and of all others; often one."""
+        exact = "fp32" if self.exact_steps(steps) else None
+        return self.engine("r2id", exact), self.engine("r2id")
 
     @property
     def provider(self) -> str:
@@ -172,8 +189,9 @@ class Pipeline:
         continue_from: int | None = None,
     ) -> NDArray[np.float32]:
         """The latents `[B, C, H, W]` of a request that was checked; see `generate`."""
+        self.step_engines(steps)  # a damaged file shows before any work, not after it
         for graph in DIFFUSING + (ENCODING if continue_at else ()):
-            self.engine(graph)  # a damaged file shows before any work, not after it
+            self.engine(graph)
         stop = self.continuation(latent, steps, continue_at, continue_from)
         indices = range(first_index, first_index + len(labels))
         streams = self.noise(seed, indices, latent, noise)
@@ -202,14 +220,18 @@ class Pipeline:
         `guided`: conditions and weights, as `branches` gives them. `part`: the first step and the
         one before which to stop, of `steps`.
         """
-        (conditions, weights), engine = guided, self.engine("r2id")
+        (conditions, weights), (start, stop) = guided, part
         size = (x.shape[2], x.shape[3])
-        if isinstance(engine, SamplingEngine):
+        first, engine = self.step_engines(steps)
+        if isinstance(first, SamplingEngine) and isinstance(engine, SamplingEngine):
             inputs, film = self.step_inputs(conditions, size, steps)
-            updates = self.updates(film, weights, streams, steps, eta, part)
-            first = next(updates)
-            given = {"latent": x, **inputs, **first}
-            return engine.sample(given, chain([first], updates), on_step, part[0])
+            turn = min(max(self.exact_steps(steps), start), stop)
+            for own, span in ((first, (start, turn)), (engine, (turn, stop))):
+                updates = self.updates(film, weights, streams, steps, eta, span)
+                if update := next(updates, None):  # None where the span has no step
+                    given = {"latent": x, **inputs, **update}
+                    x = own.sample(given, chain([update], updates), on_step, span[0])
+            return x
 
         def fresh(step: int) -> Array:
             return streams.draw(step + 1)
@@ -221,10 +243,11 @@ class Pipeline:
     def denoiser(self, conditions: Array, latent: Size, steps: int) -> ddim.Denoiser:
         """eps of `r2id` with all that outlives a step computed here."""
         inputs, film = self.step_inputs(conditions, latent, steps)
-        engine = self.engine("r2id")
+        exact, (first, engine) = self.exact_steps(steps), self.step_engines(steps)
 
         def denoise(x: Array, step: int) -> Array:
-            return engine.run({"latent": x, "film": film[step], **inputs})["eps"]
+            own = first if step < exact else engine
+            return own.run({"latent": x, "film": film[step], **inputs})["eps"]
 
         return denoise
 

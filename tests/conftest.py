@@ -14,9 +14,13 @@ from hypothesis import settings
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
+from runtime.files import TEMPORARY_PREFIX
+
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "build" / "tiny"
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+# Random weights have outliers that trained ones have not, hence the budget.
+CALIBRATION = ("--sizes", "4x4,3x5", "--steps", "3", "--every", "1", "--budget", "0.12")
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +35,24 @@ def tiny_bundle() -> Path:
 def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle that a test may damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def quantized_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle in every 8-bit form, made where a killed command had left its scratch."""
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("quantized") / "tiny"))
+    (folder / f"{TEMPORARY_PREFIX}killed").mkdir()
+    line = [sys.executable, "-m", "calibration", str(folder), *CALIBRATION]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "t: 3 from 0.000 to 0.667, each 8 times" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def own_quantized(quantized_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(quantized_bundle, tmp_path / "quantized"))
 
 
 @pytest.fixture

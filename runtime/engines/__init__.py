@@ -15,8 +15,8 @@ class EngineOptions:
     """How graphs are run: `provider` as in PROVIDERS; `threads` 0 lets the library choose.
 
     `provider_options` go to the library as they are; `precision` chooses among the forms that a
-    bundle has of a graph: fp32, fp16 or bf16, but see `form`; `plans` runs TensorRT plans instead
-    of graphs. Raises UsageError for what cannot be.
+    bundle has of a graph, one of `runtime.cli.PRECISIONS`, but see `form`; `plans` runs TensorRT
+    plans instead of graphs. Raises UsageError for what cannot be.
     """
 
     provider: str = "cpu"

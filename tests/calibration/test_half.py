@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from calibration import half
-from calibration.samples import Arrays, Samples
+from calibration.samples import HEAVY, Arrays, Samples
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.errors import ArtefactError
@@ -62,7 +62,7 @@ def test_every_size_is_checked(manifest: Manifest) -> None:
     assert [*manifest.variants] == ["fp16", "bf16"]
     assert not [*manifest.folder.glob(TEMPORARY_PREFIX + "*")]
     for precision, own in manifest.variants.items():
-        assert own.keys() == {*half.HEAVY}
+        assert own.keys() == {*HEAVY}
         for name, spec in own.items():
             fp32 = manifest.graphs[name]
             assert spec.file == f"{name}.{precision}.onnx" and spec.precision == precision
@@ -84,7 +84,7 @@ def test_every_size_is_checked(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("precision", half.HALVES)
-@pytest.mark.parametrize("name", half.HEAVY)
+@pytest.mark.parametrize("name", HEAVY)
 def test_what_is_half(manifest: Manifest, name: str, precision: str) -> None:
     model = load(manifest, name, precision)
     kind = kinds(model)
@@ -105,7 +105,7 @@ def test_what_is_half(manifest: Manifest, name: str, precision: str) -> None:
 
 def test_sums_over_tokens_are_fp32(manifest: Manifest) -> None:
     """Of the products in half none contracts over tokens, found by their real shapes."""
-    for name in half.HEAVY:
+    for name in HEAVY:
         spec, model = manifest.graphs[name], load(manifest, name)
         moving = half.moving_axes(model, spec)
         chosen = half.half_tensors(model.graph, moving)
@@ -121,7 +121,7 @@ def test_sums_over_tokens_are_fp32(manifest: Manifest) -> None:
 def test_delicate_products_are_fp32(manifest: Manifest) -> None:
     """The normaliser's sum, the features' projection and the last product, by walking there."""
     layout = ("Concat", "LayerNormalization", "Reshape")
-    for name in half.HEAVY:
+    for name in HEAVY:
         model = load(manifest, name, "bf16")
         kind, makers = kinds(model), {o: n for n in model.graph.node for o in n.output}
         constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}

@@ -62,6 +62,25 @@ def test_every_graph_has_a_plan_that_says_what_it_is(built: Path) -> None:
     assert not [path for path in built.iterdir() if path.name.startswith(".partial-")]
 
 
+@pytest.mark.parametrize("precision", ["int8w", "fp8", "int8"])
+def test_8_bit_graphs_have_plans(
+    quantized_bundle: Path, tmp_path: Path, command: Command, precision: str
+) -> None:
+    bundle = Path(shutil.copytree(quantized_bundle, tmp_path / "bundle"))
+    asked = ("export.to_plan", bundle, "--precision", precision, *SMALL[:-1], "1")
+    done = command(*asked, *TARGETS, "--graphs", "r2id,r2ir_encode")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(bundle)
+    for name in ("r2id", "r2ir_encode"):
+        plan = manifest.plan(name, precision)
+        assert plan is not None and plan.file == f"{name}.{precision}.plan"
+        assert plan.source_sha256 == manifest.variants[precision][name].sha256
+        assert len(manifest.file_bytes(plan)) == plan.bytes > 10_000
+    done = command(*asked, "--target", "sm86", "--graphs", "r2id")
+    assert done.returncode == (2 if precision == "fp8" else 0)
+    assert ("is FP8, which GPUs have from sm89 on" in done.stderr) == (precision == "fp8")
+
+
 def test_a_plan_is_whole_in_the_library_s_eyes(built: Path) -> None:
     """Without a GPU it says that no GPU is there, of other bytes that they are no plan."""
     runtime = library.Runtime(library.Logger(library.Logger.INTERNAL_ERROR))

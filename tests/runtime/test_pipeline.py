@@ -192,7 +192,7 @@ def test_nan_in_the_loop_names_its_step(tiny_bundle: Path) -> None:
             found[2:] = np.nan
             return {"film": found}
 
-    broken._engines["r2id_film"] = Poisoned()  # type: ignore[assignment]
+    broken._engines["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]
     with pytest.raises(NumericalError, match="step 3 of 5"):
         broken.generate([1], steps=5)
 

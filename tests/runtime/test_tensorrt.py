@@ -201,7 +201,7 @@ def test_nan_on_the_device_names_its_step(bundle: Path, library: Library) -> Non
             found[2:] = np.nan
             return {"film": found}
 
-    pipeline._engines["r2id_film"] = Poisoned()  # type: ignore[assignment]
+    pipeline._engines["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]
     with pytest.raises(NumericalError, match="after step 3"):
         pipeline.generate([1], steps=5)
 

@@ -1,0 +1,503 @@
+"""What a precision costs and gains: python -m calibration.report build/mnist.
+
+Per precision and size: eps error over t on fp32's own trajectory, drift of a trajectory, PSNR of
+the final images and of R2IR's reconstructions against fp32 with the same seed, digits read right;
+file sizes, seconds per step and peak memory on each engine here. fp16 and bf16 are judged by
+`calibration.half`'s emulation. The verdict is a rule: see VERDICTS.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from tqdm import tqdm
+
+from calibration.half import HALVES, emulated
+from calibration.quantize import FORMS, choice_file, read_choices, rms_error
+from calibration.samples import HEAVY, Recorder
+from runtime import cli, schedule
+from runtime.engines import Engine, EngineOptions
+from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
+from runtime.errors import ArtefactError, ToolkitError
+from runtime.files import atomic_write, sha256
+from runtime.images import contact_sheet, save_png, to_uint8
+from runtime.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
+from runtime.pipeline import Label, Pipeline, open_bundle
+from runtime.providers import PROVIDERS
+from runtime.tiles import Size
+
+# precision -> least PSNR in dB, most points of digits read right lost against fp32.
+VERDICTS = dict.fromkeys(HALVES, (45.0, 1.0)) | dict.fromkeys(FORMS, (35.0, 1.0))
+GUIDANCE = 2.0
+PICTURES = 4  # images of a trajectory
+MOST_DIGIT_TOKENS = 256  # larger latents draw too slowly for hundreds of digits
+CLASSIFIER_SIDE = 32
+DIGITS_AT_ONCE = 20
+SECONDS = 3.0  # how long a step is timed in one round
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What fp32 does at one size: the latent and eps of every step, and the images."""
+
+    latents: list[Array]
+    eps: list[Array]
+    images: Array
+
+
+class Judged(Recorder):
+    """A pipeline in one precision; halves are emulated, since no engine here runs bf16."""
+
+    def __init__(self, manifest: Manifest, precision: str):
+        super().__init__(manifest, EngineOptions(precision=precision))
+        self.emulated: dict[str, Engine] = {}
+
+    def engine(self, graph: str, precision: str | None = None) -> Engine:
+        precision = precision or self.options.precision
+        spec = self.manifest.graph(graph, precision)
+        if spec.precision not in HALVES:
+            return super().engine(graph, precision)
+        if graph not in self.emulated:
+            model = emulated(onnx.load_model_from_string(self.manifest.file_bytes(spec)))
+            data = model.SerializeToString()
+            self.emulated[graph] = OnnxRuntimeEngine(spec, data, EngineOptions())
+        return self.recording(graph, self.emulated[graph])
+
+    def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
+        """Draw `PICTURES` images, every run of the step graph kept."""
+        latents, eps = [], []
+
+        def keep(step: int) -> None:
+            inputs, outputs = self.recorded["r2id"]
+            latents.append(inputs["latent"])
+            eps.append(outputs["eps"])
+            bar.update()
+
+        labels: list[Label] = [i % self.model.condition.labels for i in range(PICTURES)]
+        noise, guided = self.noise(0, range(PICTURES), size), self.branches(labels, GUIDANCE)
+        x = self.sample(noise.draw(), noise, guided, steps, 0.0, keep, (0, steps))
+        return Trajectory([*latents, x], eps, self.decode(x, self.image_size(size)))
+
+    def eps_errors(self, fp32: Trajectory, size: Size, steps: int, bar: Any) -> list[float]:
+        """`rms_error` of eps at every step, given the latents of fp32.
+
+        Also of the first steps, which `Pipeline.exact_steps` leaves to fp32 in a trajectory.
+        """
+        labels: list[Label] = [i % self.model.condition.labels for i in range(PICTURES)]
+        conditions, _ = self.branches(labels, GUIDANCE)
+        inputs, film = self.step_inputs(conditions, size, steps)
+        errors = []
+        for step, wanted in enumerate(fp32.eps):
+            given = {"latent": fp32.latents[step], "film": film[step], **inputs}
+            errors.append(rms_error(self.engine("r2id").run(given), {"eps": wanted}))
+            bar.update()
+        return errors
+
+
+def psnr(found: Array, wanted: Array) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]; 200 where nothing differs."""
+    error = float(np.mean(np.square(np.clip(found, -1, 1) - np.clip(wanted, -1, 1))))
+    return 10 * float(np.log10(4 / max(error, 4e-20)))
+
+
+class Measures:
+    """Measures by name in a JSON file, written as they come: a killed report goes on there."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings, self.found = path, settings, {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads(path.read_bytes())
+            if earlier["settings"] == settings:
+                self.found = dict(earlier["found"])
+
+    def take(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The measure from the file, or computed and written there."""
+        if name not in self.found:
+            self.found[name] = compute()
+            with atomic_write(self.path) as file:
+                data = {"settings": self.settings, "found": self.found}
+                file.write(json.dumps(data).encode())
+        return self.found[name]
+
+
+def quality(
+    manifest: Manifest, precisions: Sequence[str], size: Size, steps: int, out: Path
+) -> dict[str, dict[str, Any]]:
+    """precision -> errors at a latent size; writes a sheet of images, a row per precision."""
+    found: dict[str, dict[str, Any]] = {}
+    pipelines = {p: Judged(manifest, p) for p in ("fp32", *precisions)}
+    total = (1 + 2 * len(precisions)) * steps
+    with tqdm(total=total, desc=f"quality {name_of(size)}", unit="step") as bar:
+        fp32 = pipelines["fp32"].trajectory(size, steps, bar)
+        rows = [fp32.images]
+        for precision in precisions:
+            own = pipelines[precision]
+            errors = own.eps_errors(fp32, size, steps, bar)
+            made = own.trajectory(size, steps, bar)
+            pairs = zip(made.latents, fp32.latents, strict=True)
+            found[precision] = {
+                "eps_error_over_t": rounded(errors),
+                "drift": rounded([rms_error({"x": a}, {"x": b}) for a, b in pairs]),
+                "psnr_db": round(psnr(made.images, fp32.images), 2),
+                **reconstruction(own, pipelines["fp32"], fp32.images, size),
+            }
+            rows.append(made.images)
+    sheet = contact_sheet(to_uint8(np.concatenate(rows)), PICTURES)
+    made_of = {"rows": ["fp32", *precisions], "latent": list(size)}
+    save_png(out / f"images-{name_of(size)}.png", sheet, made_of)
+    return found
+
+
+def reconstruction(own: Pipeline, fp32: Pipeline, images: Array, size: Size) -> dict[str, float]:
+    """MSE of images through R2IR and back in both precisions, and their PSNR."""
+    image = (images.shape[2], images.shape[3])
+    made = own.decode(own.encode(images, size), image)
+    wanted = fp32.decode(fp32.encode(images, size), image)
+    return {
+        "r2ir_mse": float(f"{np.mean(np.square(made - images)):.3e}"),
+        "r2ir_mse_fp32": float(f"{np.mean(np.square(wanted - images)):.3e}"),
+        "r2ir_psnr_db": round(psnr(made, wanted), 2),
+    }
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.3e}") for value in values]
+
+
+def name_of(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def classifier(path: Path) -> Any:
+    """A session of `reference.evaluate`'s classifier, from its weights: pixels -> logits.
+
+    Batch normalisation is folded into the convolutions. Raises ArtefactError for other weights.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        weights = load(path.read_bytes())
+        nodes, constants, x = [], [], "pixels"
+        for place in (0, 4, 8):
+            norm = {key: weights[f"layers.{place + 1}.{key}"] for key in ("weight", "bias")}
+            mean, variance = (weights[f"layers.{place + 1}.running_{k}"] for k in ("mean", "var"))
+            gain = norm["weight"] / np.sqrt(variance + 1e-5)
+            kernel = weights[f"layers.{place}.weight"] * gain[:, None, None, None]
+            bias = (weights[f"layers.{place}.bias"] - mean) * gain + norm["bias"]
+            w, b = f"kernel{place}", f"bias{place}"
+            constants += [numpy_helper.from_array(kernel, w), numpy_helper.from_array(bias, b)]
+            nodes += [
+                helper.make_node("Conv", [x, w, b], [f"c{place}"], pads=[1, 1, 1, 1]),
+                helper.make_node("Relu", [f"c{place}"], [f"r{place}"]),
+                helper.make_node(
+                    "MaxPool", [f"r{place}"], [f"p{place}"], kernel_shape=[2, 2], strides=[2, 2]
+                ),
+            ]
+            x = f"p{place}"
+        nodes.append(helper.make_node("Flatten", [x], ["flat"]))
+        for place, given, made in ((13, "flat", "hidden"), (15, "active", "logits")):
+            names = [f"layers.{place}.weight", f"layers.{place}.bias"]
+            constants += [numpy_helper.from_array(weights[name], name) for name in names]
+            nodes.append(helper.make_node("Gemm", [given, *names], [made], transB=1))
+            if made == "hidden":
+                nodes.append(helper.make_node("Relu", ["hidden"], ["active"]))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ArtefactError(
+            f"{path}: no classifier of digits ({type(error).__name__}: {error}). Make it with: "
+            "make evaluate"
+        ) from None
+    side, kind = CLASSIFIER_SIDE, onnx.TensorProto.FLOAT
+    ends = [
+        helper.make_tensor_value_info("pixels", kind, ["batch", 1, side, side]),
+        helper.make_tensor_value_info("logits", kind, ["batch", 10]),
+    ]
+    graph = helper.make_graph(nodes, "classifier", ends[:1], ends[1:], constants)
+    opset = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    return load_library().InferenceSession(model.SerializeToString())
+
+
+def digits_read(
+    manifest: Manifest, precision: str, size: Size, reader: Any, count: int, steps: int
+) -> float:
+    """Share of `count` digits, drawn at a latent size, that are read as their label."""
+    pipeline, side = Judged(manifest, precision), CLASSIFIER_SIDE
+    scale = side / min(size)
+    image = (round(size[0] * scale), round(size[1] * scale))
+    top, left = (image[0] - side) // 2, (image[1] - side) // 2
+    right = 0
+    for first in tqdm(range(0, count, DIGITS_AT_ONCE), desc=f"digits {precision} {name_of(size)}"):
+        labels: list[Label] = [i % 10 for i in range(first, min(first + DIGITS_AT_ONCE, count))]
+        made = pipeline.generate(
+            labels, size, image, steps, GUIDANCE, seed=1234, first_index=first
+        ).images[..., top : top + side, left : left + side]
+        read = reader.run(["logits"], {"pixels": np.ascontiguousarray(made)})[0].argmax(1)
+        right += int((read == labels).sum())
+    return right / count
+
+
+def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int) -> Any:
+    """Seconds of each guided step and the process's peak MiB; in a process of its own.
+
+    The peak has the first step's fp32 graph in it where the precision needs one. A text says why
+    where the engine does not run that precision.
+    """
+    try:
+        options = EngineOptions(provider, precision=precision, threads=threads)
+        pipeline = open_bundle(bundle, options)
+        conditions, _ = pipeline.branches([0], GUIDANCE)
+        inputs, film = pipeline.step_inputs(conditions, size, 50)
+        first, engine = pipeline.step_engines(50)
+    except ToolkitError as error:
+        return str(error)
+    given = {"latent": pipeline.noise(0, [0], size).draw(), "film": film[25], **inputs}
+    for own in (first, engine):
+        own.run(given)
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < SECONDS:
+        start = time.perf_counter()
+        engine.run(given)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return seconds, peak / (1024 if sys.platform != "darwin" else 1 << 20)
+
+
+def speed(
+    bundle: Path, precisions: Sequence[str], sizes: Sequence[Size], threads: int
+) -> dict[str, dict[str, Any]]:
+    """engine -> size -> precision -> seconds per step, its ratio to the engines' best fp32, MiB.
+
+    In every round each contender runs in a process of its own, one after the other.
+    """
+    engines = engines_here()
+    spawn = multiprocessing.get_context("spawn")
+    turns = [(e, s, p) for s in sizes for e in engines for p in ("fp32", *precisions)]
+    seconds: dict[tuple[str, Size, str], list[float]] = {turn: [] for turn in turns}
+    found: dict[str, dict[str, Any]] = {e: {name_of(s): {} for s in sizes} for e in engines}
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for turn in tqdm(turns * ROUNDS, desc="speed", unit="run"):
+            engine, size, precision = turn
+            own = pool.submit(timed, bundle, precision, engine, size, threads).result()
+            place = found[engine][name_of(size)]
+            if isinstance(own, str):
+                place[precision] = {"refused": own}
+                continue
+            seconds[turn] += own[0]
+            median = statistics.median(seconds[turn])
+            place[precision] = {"seconds_per_step": round(median, 4), "peak_mib": round(own[1])}
+    for (engine, size, precision), times in seconds.items():
+        base = statistics.median(seconds["cpu", size, "fp32"])
+        if times:
+            place = found[engine][name_of(size)][precision]
+            place["times_fp32_on_cpu"] = round(base / statistics.median(times), 2)
+    return found
+
+
+def engines_here() -> list[str]:
+    """The providers that run on this machine's processor."""
+    there = [name for name in ("openvino",) if name in PROVIDERS]
+    return ["cpu", *(name for name in there if importlib.util.find_spec(name))]
+
+
+def files(manifest: Manifest, precision: str) -> dict[str, float]:
+    """Bytes of the heavy graphs in a precision, in all and against the same in fp32."""
+    own = sum((manifest.folder / manifest.graph(n, precision).file).stat().st_size for n in HEAVY)
+    fp32 = sum((manifest.folder / manifest.graph(n).file).stat().st_size for n in HEAVY)
+    return {"bytes": own, "times_fp32": round(own / fp32, 3)}
+
+
+def layer_errors(manifest: Manifest, precision: str) -> dict[str, Any]:
+    """The error that each layer alone gives, from the choice file where there is one."""
+    path = manifest.folder / choice_file(precision)
+    if not path.is_file():
+        return {}
+    choices = read_choices(path, manifest).graphs
+    return {
+        name: {"fp32": [*choice.fp32], "error": choice.error, "alone": choice.alone}
+        for name, choice in choices.items()
+    }
+
+
+def verdict(precision: str, own: dict[str, Any], fp32_digits: dict[str, float]) -> dict[str, Any]:
+    """Whether a precision passes at every size, and what fails; see VERDICTS."""
+    least, points = VERDICTS[precision]
+    failures = [
+        f"PSNR {row['psnr_db']:.1f} dB at {size}, expected {least:g}"
+        for size, row in own["sizes"].items()
+        if not row["psnr_db"] >= least
+    ]
+    for size, share in own["digits_read_right"].items():
+        lost = 100 * (fp32_digits[size] - share)
+        if lost > points + 1e-9:
+            failures.append(f"{lost:.1f} points of digits lost at {size}, expected {points:g}")
+    return {"passes": not failures, "failures": failures}
+
+
+def draw_errors(report: dict[str, Any], path: Path) -> None:
+    """eps error over t, a line per precision and size."""
+    from matplotlib.figure import Figure
+
+    names = [*report["precisions"]]
+    figure = Figure(figsize=(4 * len(names), 3.5), layout="constrained")
+    for axes, name in zip(
+        np.ravel(figure.subplots(1, len(names), sharey=True)), names, strict=True
+    ):
+        for size, row in report["precisions"][name]["sizes"].items():
+            errors = row["eps_error_over_t"]
+            axes.plot(schedule.timesteps(report["steps"])[: len(errors)], errors, label=size)
+        axes.set(title=name, xlabel="t (0 clean, 1 noise)", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("relative error of eps")
+    with atomic_write(path) as png:
+        figure.savefig(png, format="png", dpi=100)
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report's tables."""
+    rows: list[list[object]] = [
+        ["precision", "size", "eps error", "drift", "PSNR", "R2IR PSNR", "digits"]
+    ]
+    for name, own in report["precisions"].items():
+        for size, row in own["sizes"].items():
+            digits = own["digits_read_right"].get(size)
+            rows.append(
+                [
+                    *(name, size, f"{np.sqrt(np.mean(np.square(row['eps_error_over_t']))):.1e}"),
+                    *(f"{row['drift'][-1]:.1e}", f"{row['psnr_db']:.1f} dB"),
+                    f"{row['r2ir_psnr_db']:.1f} dB",
+                    "" if digits is None else f"{digits:.1%}",
+                ]
+            )
+    shares = ", ".join(f"{s} {share:.1%}" for s, share in report["fp32_digits"].items())
+    parts = [f"quality against fp32 ({shares or 'no classifier: digits are not read'})"]
+    parts.append(cli.table(rows))
+    rows = [["engine", "size", "precision", "s per step", "times fp32 on cpu", "peak"]]
+    for engine, sizes in report["speed"].items():
+        for size, forms in sizes.items():
+            for name, row in forms.items():
+                figures: list[object] = (
+                    [row["seconds_per_step"], row["times_fp32_on_cpu"], f"{row['peak_mib']} MiB"]
+                    if "refused" not in row
+                    else ["refused", "", ""]
+                )
+                rows.append([engine, size, name, *figures])
+    parts += ["speed", cli.table(rows), "verdict"]
+    for name, own in report["precisions"].items():
+        share = f"files {own['files']['times_fp32']:.2f}× of fp32"
+        end = "passes" if own["verdict"]["passes"] else "; ".join(own["verdict"]["failures"])
+        parts.append(f"  {name}: {share}; {end}")
+    return "\n".join(parts)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measure, then write report.json and pictures, and print the tables."""
+    manifest = read_manifest(find_bundle(args.bundle))
+    precisions = [p for p in manifest.variants if not args.precision or p in args.precision]
+    for precision in args.precision or ():
+        manifest.check_precision(precision)
+    if not precisions:
+        manifest.check_precision("int8")
+    reader = classifier(args.classifier) if args.classifier else None
+    args.out.mkdir(parents=True, exist_ok=True)
+    measures = Measures(args.out / "measures.json", settings(manifest, precisions, args))
+    sizes = {
+        name_of(s): measures.take(
+            f"quality {name_of(s)}", partial(quality, manifest, precisions, s, args.steps, args.out)
+        )
+        for s in args.sizes
+    }
+    small = [s for s in args.sizes if reader is not None and s[0] * s[1] <= MOST_DIGIT_TOKENS]
+    digits: dict[str, dict[str, float]] = {p: {} for p in ("fp32", *precisions)}
+    for p, s in itertools.product(digits, small):
+        read = partial(digits_read, manifest, p, s, reader, args.digits, args.steps)
+        digits[p][name_of(s)] = measures.take(f"digits {p} {name_of(s)}", read)
+    timings = partial(speed, manifest.folder, precisions, args.speed_sizes, args.threads)
+    found: dict[str, Any] = {
+        "bundle": manifest.sha256,
+        "steps": args.steps,
+        "guidance_scale": GUIDANCE,
+        "digits": args.digits if small else 0,
+        "fp32_digits": digits["fp32"],
+        "precisions": {},
+        "speed": measures.take("speed", timings),
+    }
+    for precision in precisions:
+        own = {
+            "sizes": {name: row[precision] for name, row in sizes.items()},
+            "digits_read_right": digits[precision],
+            "files": files(manifest, precision),
+            "layers": layer_errors(manifest, precision),
+        }
+        own["verdict"] = verdict(precision, own, digits["fp32"])
+        found["precisions"][precision] = own
+    draw_errors(found, args.out / "eps-error-over-t.png")
+    with atomic_write(args.out / "report.json") as file:
+        file.write(json.dumps(found, indent=1).encode() + b"\n")
+    print(as_text(found))
+    print(f"report and pictures: {args.out}")
+
+
+def settings(
+    manifest: Manifest, precisions: Sequence[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """What measures depend on: they are taken anew where any of it has changed."""
+    return {
+        "bundle": manifest.sha256,
+        "precisions": [*precisions],
+        "steps": args.steps,
+        "digits": args.digits,
+        "classifier": sha256(args.classifier.read_bytes()) if args.classifier else "",
+        "speed_sizes": [name_of(size) for size in args.speed_sizes],
+        "threads": args.threads,
+        "engines": engines_here(),
+        "onnxruntime": load_library().__version__,
+    }
+
+
+def size_list(text: str) -> list[Size]:
+    """Sizes separated by commas."""
+    return [cli.size(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """The command line."""
+    sizes = [(8, 8), (16, 16), (9, 16), (64, 64)]
+    p = argparse.ArgumentParser(
+        prog="python -m calibration.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = p.add_argument
+    add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="its folder")
+    add("--precision", type=lambda text: text.split(","), help="which ones (all the bundle has)")
+    add("--sizes", type=size_list, default=sizes, help="latent sizes (8x8,16x16,9x16,64x64)")
+    add("--speed-sizes", type=size_list, default=[(16, 16), (64, 64)], help="(16x16,64x64)")
+    add("--steps", type=cli.number(1, 1000, int), default=50, help="DDIM steps (50)")
+    add("--classifier", type=Path, help="classifier.safetensors of reference.evaluate")
+    add("--digits", type=cli.number(10, 100_000, int), default=200, help="per size (200)")
+    add("--threads", type=cli.number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
+    add("--out", type=Path, default=Path("build/calibration"), help="folder of the report")
+    cli.run(report, p)
+
+
+if __name__ == "__main__":
+    main()
