@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from runtime.files import TEMPORARY_PREFIX
+
 # A machine that is busy with other things is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
-
-from runtime.files import TEMPORARY_PREFIX
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "build" / "tiny"
