@@ -100,11 +100,7 @@ def sizes(text: str) -> list[Size]:
 
 def main() -> None:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser("benchmarks.compare", __doc__)
     add = p.add_argument
     add("--quick", action="store_true", help="two sizes, one round, no torch.compile: 2 minutes")
     add("--sizes", type=sizes, help="HxW,HxW,… of the latent (16x16 to 256x256)")

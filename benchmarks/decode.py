@@ -30,6 +30,7 @@ from runtime.engines import EngineOptions
 from runtime.images import save_rows, to_uint8
 from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
 from runtime.pipeline import Pipeline
+from runtime.request import Request
 
 Size = tuple[int, int]
 PARTS = ("speed", "large", "sample", "memory")
@@ -157,7 +158,7 @@ def large(args: argparse.Namespace) -> None:
 def draw_png(bundle: Path, size: Size, path: Path, threads: int, memory: int) -> None:
     """One image of the shipped model, from noise to file."""
     pipeline = open_bundle(bundle, EngineOptions(threads=threads))
-    x = pipeline.diffuse([LABELS[0]], pipeline.model.default_latent, 20, 2.0, 0.0, 0)
+    x = pipeline.diffuse(Request(LABELS[:1], pipeline.model.default_latent, steps=20))
     bands = map(to_uint8, pipeline.draw(pipeline.state(x), size, memory=memory))
     save_rows(path, bands, (*size, pipeline.model.r2ir.color_channels), {})
 
@@ -256,11 +257,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser("benchmarks.decode", __doc__)
     p.add_argument("--parts", type=parts, default=list(PARTS))
     p.add_argument("--latent", type=cli.size, default=(64, 64))
     p.add_argument("--size", type=cli.size, default=(1024, 1024))

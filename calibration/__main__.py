@@ -139,9 +139,8 @@ def scales(text: str) -> tuple[float, ...]:
 def main() -> None:
     """The command line."""
     default = Settings()
-    p = argparse.ArgumentParser(
-        prog="python -m calibration",
-        description="8-bit forms of a bundle's graphs, their layers chosen by measured error",
+    p = cli.parser(
+        "calibration", "8-bit forms of a bundle's graphs, their layers chosen by measured error"
     )
     add = p.add_argument
     add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="its folder")

@@ -378,9 +378,8 @@ def precisions(text: str) -> list[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m calibration.half",
-        description="fp16 and bf16 forms of a bundle's graphs, each checked against fp32",
+    parser = cli.parser(
+        "calibration.half", "fp16 and bf16 forms of a bundle's graphs, each checked against fp32"
     )
     parser.add_argument("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="its folder")
     parser.add_argument(

@@ -38,8 +38,9 @@ from runtime.errors import ArtefactError, ToolkitError
 from runtime.files import atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
-from runtime.pipeline import Label, Pipeline, open_bundle
+from runtime.pipeline import Pipeline, open_bundle
 from runtime.providers import PROVIDERS
+from runtime.request import Request
 from runtime.tiles import Size
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
@@ -80,6 +81,11 @@ class Judged(Recorder):
             self.emulated[graph] = OnnxRuntimeEngine(spec, data, EngineOptions())
         return self.recording(graph, self.emulated[graph])
 
+    def pictures(self, size: Size, steps: int) -> Request:
+        """The images that are compared."""
+        labels = [i % self.model.condition.labels for i in range(PICTURES)]
+        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE)
+
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
         """Draw `PICTURES` images, every run of the step graph kept."""
         latents, eps = [], []
@@ -90,9 +96,7 @@ class Judged(Recorder):
             eps.append(outputs["eps"])
             bar.update()
 
-        labels: list[Label] = [i % self.model.condition.labels for i in range(PICTURES)]
-        noise, guided = self.noise(0, range(PICTURES), size), self.branches(labels, GUIDANCE)
-        x = self.sample(noise.draw(), noise, guided, steps, 0.0, keep, (0, steps))
+        x = self.diffuse(self.pictures(size, steps), keep)
         return Trajectory([*latents, x], eps, self.decode(x, self.image_size(size)))
 
     def eps_errors(self, fp32: Trajectory, size: Size, steps: int, bar: Any) -> list[float]:
@@ -100,8 +104,7 @@ class Judged(Recorder):
 
         Also of the first steps, which `Pipeline.exact_steps` leaves to fp32 in a trajectory.
         """
-        labels: list[Label] = [i % self.model.condition.labels for i in range(PICTURES)]
-        conditions, _ = self.branches(labels, GUIDANCE)
+        conditions, _ = self.pictures(size, steps).branches(self.model.condition.labels)
         inputs, film = self.step_inputs(conditions, size, steps)
         errors = []
         for step, wanted in enumerate(fp32.eps):
@@ -186,7 +189,7 @@ def name_of(size: Size) -> str:
 
 
 def classifier(path: Path) -> Any:
-    """A session of `reference.evaluate`'s classifier, from its weights: pixels -> logits.
+    """A session of `reference.classifier`'s network, from its weights: pixels -> logits.
 
     Batch normalisation is folded into the convolutions. Raises ArtefactError for other weights.
     """
@@ -245,7 +248,7 @@ def digits_read(
     top, left = (image[0] - side) // 2, (image[1] - side) // 2
     right = 0
     for first in tqdm(range(0, count, DIGITS_AT_ONCE), desc=f"digits {precision} {name_of(size)}"):
-        labels: list[Label] = [i % 10 for i in range(first, min(first + DIGITS_AT_ONCE, count))]
+        labels = [i % 10 for i in range(first, min(first + DIGITS_AT_ONCE, count))]
         made = pipeline.generate(
             labels, size, image, steps, GUIDANCE, seed=1234, first_index=first
         ).images[..., top : top + side, left : left + side]
@@ -263,12 +266,13 @@ def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int)
     try:
         options = EngineOptions(provider, precision=precision, threads=threads)
         pipeline = open_bundle(bundle, options)
-        conditions, _ = pipeline.branches([0], GUIDANCE)
+        request = Request([0], size, guidance_scale=GUIDANCE)
+        conditions, _ = request.branches(pipeline.model.condition.labels)
         inputs, film = pipeline.step_inputs(conditions, size, 50)
         first, engine = pipeline.step_engines(50)
     except ToolkitError as error:
         return str(error)
-    given = {"latent": pipeline.noise(0, [0], size).draw(), "film": film[25], **inputs}
+    given = {"latent": pipeline.noise(request, size).draw(), "film": film[25], **inputs}
     for own in (first, engine):
         own.run(given)
     seconds: list[float] = []
@@ -481,11 +485,7 @@ def size_list(text: str) -> list[Size]:
 def main() -> None:
     """The command line."""
     sizes = [(8, 8), (16, 16), (9, 16), (64, 64)]
-    p = argparse.ArgumentParser(
-        prog="python -m calibration.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser("calibration.report", __doc__)
     add = p.add_argument
     add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="its folder")
     add("--precision", type=lambda text: text.split(","), help="which ones (all the bundle has)")

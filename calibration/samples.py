@@ -26,7 +26,8 @@ from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.manifest import Array, Manifest
-from runtime.pipeline import EXACT_BELOW, Label, Pipeline
+from runtime.pipeline import EXACT_BELOW, Pipeline
+from runtime.request import Label, Request
 from runtime.tiles import Size
 
 PICTURES = 3
@@ -260,7 +261,8 @@ def trajectory(
     turn: int,
 ) -> Iterator[Sample]:
     """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
-    noise, steps = pipeline.noise(settings.seed, range(len(labels)), size), settings.steps
+    steps = settings.steps
+    request = Request(labels, size, None, steps, scale, seed=settings.seed)
     times, alpha_bars = schedule.timesteps(steps), schedule.sampling_alpha_bar(steps)
     found: list[Sample] = []
 
@@ -269,8 +271,7 @@ def trajectory(
             inputs, _ = pipeline.recorded["r2id"]
             found.append(Sample("r2id", size, inputs, float(times[step]), scale))
 
-    guided = pipeline.branches(labels, scale)
-    pipeline.sample(noise.draw(), noise, guided, steps, 0.0, keep, (0, steps))
+    pipeline.diffuse(request, keep)
     keep(steps)
     yield from found
 

@@ -14,6 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from runtime import ddim, open_bundle
 from runtime.files import atomic_write
 from runtime.generate import PREVIEW_STEPS
+from runtime.request import Request
 
 LABEL, LATENT, SEED, STEPS = 7, (8, 8), 4, 50
 SHOWN_STEPS = (0, 25, 38, 50)
@@ -45,7 +46,8 @@ def picture(axes: Any, image: np.ndarray, x: float, y: float, text: str, side: f
 
 def trajectory(pipeline: Any) -> list[np.ndarray]:
     """The latent at the shown steps."""
-    conditions, weights = pipeline.branches([LABEL], 3.0)
+    request = Request([LABEL], LATENT, steps=STEPS, guidance_scale=3.0, seed=SEED)
+    conditions, weights = request.branches(pipeline.model.condition.labels)
     denoise = pipeline.denoiser(conditions, LATENT, STEPS)
     seen: list[np.ndarray] = []
 
@@ -54,7 +56,7 @@ def trajectory(pipeline: Any) -> list[np.ndarray]:
         eps: np.ndarray = denoise(x, step)
         return eps
 
-    start = pipeline.noise(SEED, [0], LATENT).draw()
+    start = pipeline.noise(request, LATENT).draw()
     ddim.sample(watch, start, STEPS, weights)
     return [seen[step] for step in SHOWN_STEPS]
 

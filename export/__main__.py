@@ -96,7 +96,7 @@ def worst(manifest: Manifest) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+    parser = cli.parser("export", __doc__)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a .safetensors file")
     parser.add_argument("--out", type=Path, default=DEFAULT_BUNDLE, help="folder of the bundle")
     cli.run(export, parser)

@@ -243,7 +243,7 @@ class PlanBuilder:
         bar: Any,
         place: int,
     ):
-        self.library, self.flavour, self.targets = library, flavour, targets
+        self.trt, self.flavour, self.targets = library, flavour, targets
         self.folder = folder
         self.log = message_log(library)
         self.monitor = progress_monitor(library, bar, place)
@@ -267,14 +267,14 @@ class PlanBuilder:
     def _plan(self, job: Job) -> tuple[bytes, PlanSpec]:
         started = time.perf_counter()
         interface, model = with_update(job.name, job.spec, job.model)
-        builder = self.library.Builder(self.log)
+        builder = self.trt.Builder(self.log)
         network = builder.create_network(0)
-        parser = self.library.OnnxParser(network, self.log)
+        parser = self.trt.OnnxParser(network, self.log)
         if not parser.parse(model):
             errors = (parser.get_error(i) for i in range(parser.num_errors))
             said = [f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors]
             raise ArtefactError(
-                f"{job.spec.file}: {self.flavour} {self.library.__version__} cannot read it: "
+                f"{job.spec.file}: {self.flavour} {self.trt.__version__} cannot read it: "
                 f"{'; '.join(said) or self._said()}. Make the bundle again with: make export"
             )
         config = self._config(builder, interface, job)
@@ -294,7 +294,7 @@ class PlanBuilder:
             precision=job.spec.precision,
             source_sha256=job.spec.sha256,
             flavour=self.flavour,
-            version=str(self.library.__version__),
+            version=str(self.trt.__version__),
             targets=self.targets,
             platform=platform_name(),
             profiles=job.profiles,
@@ -308,7 +308,7 @@ class PlanBuilder:
 
     def _config(self, builder: Any, interface: GraphSpec, job: Job) -> Any:
         """Targets, profiles and caches. fp32 is fp32: TF32's 10-bit products are off."""
-        library = self.library
+        library = self.trt
         config = builder.create_builder_config()
         config.progress_monitor = self.monitor
         config.clear_flag(library.BuilderFlag.TF32)
@@ -341,7 +341,7 @@ class PlanBuilder:
         profiles = " | ".join(map(describe, job.profiles))
         said = self._said()
         where = (
-            f"{job.spec.file}: {self.flavour} {self.library.__version__} built no plan for "
+            f"{job.spec.file}: {self.flavour} {self.trt.__version__} built no plan for "
             f"{', '.join(self.targets)} with profiles {profiles}: {said}. "
         )
         if any(words in said.lower() for words in OUT_OF_MEMORY):
@@ -467,7 +467,7 @@ def aspect(text: str) -> Fraction:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m export.to_plan", description=__doc__)
+    p = cli.parser("export.to_plan", __doc__)
     add: Callable[..., Any] = p.add_argument
     add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="folder of the bundle")
     add("--target", default="current", help="sm120,sm89,… or current, the GPU at hand (current)")

@@ -12,6 +12,7 @@ from runtime import ddim
 from runtime.errors import ArtefactError
 from runtime.manifest import Array, Manifest, relative_error
 from runtime.pipeline import Pipeline
+from runtime.request import Request
 
 TOLERANCE = 1e-4
 TRAJECTORY_TOLERANCE = 1e-3
@@ -74,7 +75,8 @@ def trajectory_parity(models: Models, manifest: Manifest) -> dict[str, Any]:
     one_hot = torch.zeros(2, 1, labels)
     one_hot[1, 0, labels // 2] = 1
     pipeline = Pipeline(manifest)
-    start = torch.from_numpy(pipeline.noise(0, [0], TRAJECTORY_SIZE).draw())
+    request = Request([labels // 2], TRAJECTORY_SIZE, steps=TRAJECTORY_STEPS)
+    start = torch.from_numpy(pipeline.noise(request, TRAJECTORY_SIZE).draw())
     with torch.inference_mode():
         denoise = models.denoiser(one_hot, TRAJECTORY_STEPS)
         wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, (-1.0, 2.0)).x

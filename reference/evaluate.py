@@ -21,25 +21,31 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from reference import checkpoint
 from reference.checkpoint import Models
+from reference.classifier import (
+    IMAGE_SIDE,
+    SEED,
+    Classifier,
+    accuracy,
+    middle,
+    read,
+    trained_classifier,
+)
 from reference.data import Images, fit, load_mnist
 from reference.train import canvas
 from runtime import cli, ddim, schedule
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
-from runtime.files import atomic_write, sha256
+from runtime.files import atomic_write
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.noise import COHERENT, KINDS, NoiseStreams
 from runtime.pipeline import Pipeline, open_bundle
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
-IMAGE_SIDE = 32  # shorter side of every decoded image
 RECONSTRUCTION_SIZES = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16), (6, 9), (16, 9))
 GENERATION_SIZES = (
     *((8, 8), (4, 4), (6, 6), (12, 12), (16, 16)),
@@ -53,69 +59,9 @@ CONTINUED = ((8, 8), (16, 16))
 CONTINUED_FROM = (0, 0.25, 0.5, 0.75, 1)  # shares of the steps at the smaller latent
 SHEET_SIZES = ((4, 4), (8, 8), (16, 16), (9, 6), (6, 9), (16, 9), (9, 16), (24, 24))
 SCRAPE_POINTS = 20
-CLASSIFIER_STEPS = 1500
 TOKENS_AT_ONCE = 4000
-SEED = 1234
 
 Size = tuple[int, int]
-
-
-class Classifier(nn.Module):
-    """Reads a 32 × 32 digit in [-1, 1]: three convolutions, one hidden layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for into, out in ((1, 16), (16, 32), (32, 64)):
-            layers += [nn.Conv2d(into, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)]
-        head = [nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(), nn.Linear(128, 10)]
-        self.layers = nn.Sequential(*layers, *head)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, 1, 32, 32]` -> logits `[B, 10]`."""
-        logits: Tensor = self.layers(x)
-        return logits
-
-
-def trained_classifier(train: Images, cache: Path) -> Classifier:
-    """The classifier, from `cache` where this code and data have made it before."""
-    torch.manual_seed(SEED)
-    model = Classifier()
-    fingerprint = sha256(f"{model} {CLASSIFIER_STEPS} {len(train)}".encode())
-    if cache.exists():
-        data = cache.read_bytes()
-        if checkpoint.read_metadata(data, cache).get("fingerprint") == fingerprint:
-            model.load_state_dict(load_safetensors(data))
-            return model.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=CLASSIFIER_STEPS)
-    for _ in tqdm(range(CLASSIFIER_STEPS), desc="classifier", unit="step"):
-        chosen = torch.randint(len(train), (128,))
-        loss = F.cross_entropy(model(augmented(train.pixels[chosen])), train.labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
-    with atomic_write(cache) as file:
-        file.write(save_safetensors(model.state_dict(), {"fingerprint": fingerprint}))
-    return model.eval()
-
-
-def augmented(pixels: Tensor) -> Tensor:
-    """uint8 digits slightly shifted, scaled and turned: `[B, 1, 32, 32]` in [-1, 1]."""
-    x = fit(pixels, IMAGE_SIDE, IMAGE_SIDE, pad=True)
-    theta = torch.eye(2, 3).repeat(len(x), 1, 1) + 0.1 * torch.randn(len(x), 2, 3)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x + 1, grid, align_corners=False) - 1  # what comes in is ground
-
-
-def middle(images: Tensor) -> Tensor:
-    """The middle square of `[B, c, h, w]`, whose side is the shorter one."""
-    height, width = images.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return images[..., top : top + side, left : left + side]
 
 
 def batches(count: int, size: Size) -> list[slice]:
@@ -167,13 +113,20 @@ def generated(
     kind: str = COHERENT,
 ) -> tuple[Tensor, Tensor]:
     """One digit per label: images `[B, c, h, w]` of the latent's aspect, latents `[B, C, H, W]`."""
-    draw = draw_with_graphs if args.graphs else draw_with_torch
     parts = batches(len(labels), size)
+    made = []
     with tqdm(total=len(parts) * args.steps, desc=desc, unit="step") as bar:
-        made = [
-            draw(models, labels, part, size, kind, args, lambda step: bar.update())
-            for part in parts
-        ]
+
+        def on_step(step: int) -> None:
+            bar.update()
+
+        for part in parts:
+            if args.graphs:
+                own = request(labels, part, args) | {"latent": size, "noise": kind}
+                drawn = args.graphs.generate(**own, image=canvas(size, IMAGE_SIDE), on_step=on_step)
+                made.append((torch.from_numpy(drawn.images), torch.from_numpy(drawn.latents)))
+            else:
+                made.append(draw_with_torch(models, labels, part, size, kind, args, on_step))
     images, latents = zip(*made, strict=True)
     return torch.cat(images), torch.cat(latents)
 
@@ -196,26 +149,6 @@ def draw_with_torch(
     start = torch.from_numpy(streams.draw())
     latent = ddim.sample(denoise, start, args.steps, weights, on_step=on_step).x
     return models.r2ir.decode(latent, canvas(size, IMAGE_SIDE)), latent
-
-
-def draw_with_graphs(
-    models: Models,
-    labels: Tensor,
-    part: slice,
-    size: Size,
-    kind: str,
-    args: argparse.Namespace,
-    on_step: Callable[[int], object],
-) -> tuple[Tensor, Tensor]:
-    """The same by the bundle's graphs."""
-    made = args.graphs.generate(
-        **request(labels, part, args),
-        latent=size,
-        image=canvas(size, IMAGE_SIDE),
-        noise=kind,
-        on_step=on_step,
-    )
-    return torch.from_numpy(made.images), torch.from_numpy(made.latents)
 
 
 def request(labels: Tensor, part: slice, args: argparse.Namespace) -> dict[str, Any]:
@@ -315,19 +248,6 @@ def continued_at(labels: Tensor, part: slice, stop: int, args: argparse.Namespac
     wanted = request(labels, part, args) | sizes
     made = args.graphs.generate(**wanted, image=canvas(large, IMAGE_SIDE))
     return torch.from_numpy(made.images)
-
-
-def read(classifier: Classifier, images: Tensor) -> Tensor:
-    """The label that the classifier reads in the middle of each image."""
-    square = F.interpolate(middle(images), (IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")
-    found: Tensor = classifier(square).argmax(1)
-    return found
-
-
-def accuracy(classifier: Classifier, test: Images) -> float:
-    """Share of the test images that the classifier reads right."""
-    square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
-    return (read(classifier, square) == test.labels).float().mean().item()
 
 
 def draw_scrapes(scrapes: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -463,11 +383,7 @@ def likeness(found: dict[str, float]) -> str:
 
 def main() -> None:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m reference.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser("reference.evaluate", __doc__)
     p.add_argument("--checkpoint", type=Path, default=SHIPPED)
     p.add_argument("--bundle", type=Path, help="draw the digits with this bundle's graphs")
     p.add_argument("--precision", default="fp32", help="of the bundle's graphs (fp32)")

@@ -188,7 +188,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options; their defaults are the published values."""
-    p = argparse.ArgumentParser(prog="python -m reference.published", description=__doc__)
+    p = cli.parser("reference.published", __doc__)
     p.add_argument("r2ir", type=Path, help="state dict of R2IR")
     p.add_argument("r2id", type=Path, help="state dict of R2ID")
     p.add_argument("text", type=Path, help="state dict of the label condition")

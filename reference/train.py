@@ -473,11 +473,7 @@ def load_images(config: dict[str, Any], folder: Path) -> Images:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m reference.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("reference.train", __doc__)
     optional = argparse.BooleanOptionalAction
     parser.add_argument("--config", default="mnist", help="a name in reference/configs, or a .toml")
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from runtime.errors import INTERRUPTED_EXIT_CODE, ToolkitError
+from runtime.errors import INTERRUPTED_EXIT_CODE, ToolkitError, UsageError
 from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 
@@ -19,9 +19,19 @@ if TYPE_CHECKING:
 
 # Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
+DEFAULT_ENGINE = Path("r2id.onnx")  # looked for here, then in build/mnist
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m name`, its description shown as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> NoReturn:
@@ -48,10 +58,21 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     sys.exit(0)
 
 
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """The argument of a command that looks at a bundle without running it."""
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        nargs="?",
+        default=DEFAULT_ENGINE,
+        help="a bundle's folder, or a file in it (build/mnist)",
+    )
+
+
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that opens a bundle; `open_bundle` reads them."""
     add = parser.add_argument
-    add("--engine", type=Path, default=Path("r2id.onnx"), help="a bundle's folder, or a file in it")
+    add("--engine", type=Path, default=DEFAULT_ENGINE, help="a bundle's folder, or a file in it")
     add("--provider", choices=tuple(PROVIDERS), default="cpu", help="what runs the graphs (cpu)")
     add(
         "--provider-option",
@@ -102,6 +123,13 @@ def open_bundle(args: argparse.Namespace) -> "Pipeline":
         args.precision or "fp32",
     )
     return open_bundle(args.engine, options, args.expect_sha256)
+
+
+def png_name(path: Path) -> Path:
+    """A path that --out may be; raises UsageError for one that names no PNG."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out {path}: expected a name that ends in .png")
+    return path
 
 
 def key_value(text: str) -> tuple[str, str]:

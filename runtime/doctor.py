@@ -54,15 +54,9 @@ FEATURES = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m runtime.doctor", description=__doc__)
+    p = cli.parser("runtime.doctor", __doc__)
     add = p.add_argument
-    add(
-        "bundle",
-        type=Path,
-        nargs="?",
-        default=Path("r2id.onnx"),
-        help="a bundle's folder, or a file in it (build/mnist)",
-    )
+    cli.add_bundle(p)
     add("--json", action="store_true", help="the same, for programs")
     return p
 
@@ -122,7 +116,7 @@ def providers(onnxruntime: dict[str, Any]) -> dict[str, dict[str, Any]]:
             onnxruntime["problem"] = f"cannot be imported ({error})"
     return {
         name: {
-            "available": provider.library in built_in
+            "available": provider.ep_name in built_in
             or bool(provider.package and importlib.util.find_spec(provider.package))
             or bool(built_in and provider.plugin and importlib.util.find_spec(provider.plugin)),
             "install": provider.install,

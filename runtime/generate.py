@@ -12,8 +12,9 @@ from runtime.files import check_writable
 from runtime.render import Drawing
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Label, Pipeline
+    from runtime.pipeline import Pipeline
     from runtime.png import Rows
+    from runtime.request import Label
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
@@ -56,7 +57,7 @@ def labels(text: str) -> "list[Label]":
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m runtime.generate", description=__doc__)
+    p = cli.parser("runtime.generate", __doc__)
     add = p.add_argument
     add("--label", type=labels, help="7 | 1,3 | 0-9 | none | 3*0.7+8*0.3 (default: every label)")
     add("--count", type=cli.number(1, 10_000, int), help="images per label (1)")
@@ -149,15 +150,15 @@ def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
     else:
         indices = range(first_index, first_index + count)
         paths = [out.with_name(out.name.replace("{index}", str(i))) for i in indices]
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")
     for path in paths:
-        check_writable(path)
+        check_writable(cli.png_name(path))
     return paths
 
 
 def generate(args: argparse.Namespace) -> None:
     """Check the request and the output, then draw batch after batch."""
+    from runtime.request import Request
+
     wanted = request(args)
     pipeline = cli.open_bundle(args)
     if args.from_png is not None:
@@ -170,7 +171,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.preview:
         runs.insert(0, (preview(pipeline, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
     for own, _ in runs:
-        pipeline.check_request(each, **settings(own), image=own["image"], batch=args.batch)
+        pipeline.check_request(Request(each, **settings(own)), args.batch)
     drawings = [
         Drawing(pipeline, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
     ]
@@ -186,8 +187,8 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def settings(wanted: dict[str, Any]) -> dict[str, Any]:
-    """The part of a request that all its images share, as `Pipeline.diffuse` names it."""
-    names = ("latent", "steps", "eta", "seed", "noise", "continue_at", "continue_from")
+    """The part of a request that all its images share, as `Request` names it."""
+    names = ("latent", "image", "steps", "eta", "seed", "noise", "continue_at", "continue_from")
     return {name: wanted[name] for name in names} | {"guidance_scale": wanted["guidance"]}
 
 
@@ -257,6 +258,8 @@ def draw(
     import numpy as np
     from tqdm import tqdm
 
+    from runtime.request import Request
+
     pipeline = drawing.pipeline
     latents: list[Any] = []  # [1, C, H, W] of each image
     total = -(-len(each) // batch) * wanted["steps"]
@@ -264,9 +267,8 @@ def draw(
         for start in range(0, len(each), batch):
             own = each[start : start + batch]
             index = wanted["first_index"] + start
-            made = pipeline.diffuse(
-                own, **settings(wanted), first_index=index, on_step=lambda step: bar.update()
-            )
+            part = Request(own, **settings(wanted), first_index=index)
+            made = pipeline.diffuse(part, lambda step: bar.update())
             latents += np.split(made, len(made))
             for offset in range(len(own) if len(paths) == len(each) else 0):
                 single = {"label": [own[offset]], "count": 1, "first_index": index + offset}

@@ -20,15 +20,9 @@ HEIGHT_WIDTH = ("height", "width")
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m runtime.inspect", description=__doc__)
+    p = cli.parser("runtime.inspect", __doc__)
     add = p.add_argument
-    add(
-        "bundle",
-        type=Path,
-        nargs="?",
-        default=Path("r2id.onnx"),
-        help="a bundle's folder, or a file in it (build/mnist)",
-    )
+    cli.add_bundle(p)
     add("--parity", action="store_true", help="the difference from PyTorch at every size")
     add("--json", action="store_true", help="everything, for programs")
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")

@@ -5,7 +5,7 @@ Letters: B images, K conditions, C latent channels, c colours, H × W latent, h 
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -25,9 +25,10 @@ from runtime.engines import (
 )
 from runtime.errors import ArtefactError, UsageError
 from runtime.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
-from runtime.noise import COHERENT, KINDS, LARGEST_SEED, NoiseStreams, refine
+from runtime.noise import COHERENT, NoiseStreams, refine
 from runtime.profiles import choose
 from runtime.providers import PROVIDERS
+from runtime.request import Label, Request
 from runtime.state import DecodeState
 from runtime.tiles import (
     DEFAULT_ROOM,
@@ -42,10 +43,6 @@ from runtime.tiles import (
 )
 
 Crop = tuple[int, int, int, int]
-# One image's condition: a label's number, several with weights, or None for no condition.
-Label = int | Mapping[int, float] | None
-
-MOST_STEPS = 10_000
 # eps enters x0 divided by sqrt(alpha_bar): at 1e-6, where a trajectory starts, its error comes out
 # 1000 times as large. 8 bits begin where alpha_bar has reached this: after the second of 50 steps.
 EXACT_BELOW = 1e-3
@@ -123,16 +120,19 @@ class Pipeline:
         with self._opening:
             return "+".join(sorted({engine.provider for engine in self._engines.values()}))
 
-    def noise(
-        self, seed: int, indices: Sequence[int], latent: Size, kind: str = COHERENT
-    ) -> NoiseStreams:
-        """The noise of images `indices` at a latent size; `kind` as in `runtime.noise`."""
-        return NoiseStreams(seed, indices, (self.model.r2id.latent_channels, *latent), kind)
+    def noise(self, request: Request, latent: Size) -> NoiseStreams:
+        """The noise of a request's images at a latent size."""
+        shape = (self.model.r2id.latent_channels, *latent)
+        return NoiseStreams(request.seed, request.indices, shape, request.noise)
 
     def image_size(self, latent: Size) -> Size:
         """The image size that a latent of this size was trained to decode to."""
         ratio = self.model.pixels_per_latent
         return latent[0] * ratio, latent[1] * ratio
+
+    def drawn_size(self, request: Request) -> Size:
+        """The size of a request's images."""
+        return request.image or self.image_size(request.largest)
 
     def latent_size(self, image: Size) -> Size:
         """The latent size that an image of this size was trained to encode to."""
@@ -154,80 +154,63 @@ class Pipeline:
         continue_at: Size | None = None,
         continue_from: int | None = None,
     ) -> Generated:
-        """Draw one image per entry of `labels` as one batch.
+        """Draw one image per entry of `labels` as one batch; see `Request` for the rest.
 
-        Image i has the noise of (seed, first_index + i), of the kind `noise`. `image` defaults to
-        the training ratio of the latent. guidance_scale 1 runs the condition alone, 0 the null
-        condition alone. With `continue_at` the steps from `continue_from` on (default: half of
-        them) run at that larger latent. Raises UsageError before any engine is opened,
-        NumericalError naming the step.
+        `latent` defaults to the bundle's; `on_step` is called with the number of each step done.
+        Raises UsageError before any engine is opened, NumericalError naming the step.
         """
         latent = latent or self.model.default_latent
-        image = image or self.image_size(continue_at or latent)
-        sizes = (continue_at, continue_from)
-        self.check_request(labels, latent, image, steps, guidance_scale, eta, seed, noise, *sizes)
-        for graph in self.drawing_graphs(image):
-            self.engine(graph)
-        x = self.diffuse(
-            *(labels, latent, steps, guidance_scale, eta, seed, first_index, on_step),
-            *(noise, *sizes),
+        request = Request(
+            *(labels, latent, image, steps, guidance_scale, eta, seed, first_index, noise),
+            *(continue_at, continue_from),
         )
-        return Generated(self.decode(x, image), x)
+        self.check_request(request)
+        size = self.drawn_size(request)
+        for graph in self.drawing_graphs(size):
+            self.engine(graph)
+        x = self.diffuse(request, on_step)
+        return Generated(self.decode(x, size), x)
 
     def diffuse(
-        self,
-        labels: Sequence[Label],
-        latent: Size,
-        steps: int,
-        guidance_scale: float,
-        eta: float,
-        seed: int,
-        first_index: int = 0,
-        on_step: Callable[[int], object] | None = None,
-        noise: str = COHERENT,
-        continue_at: Size | None = None,
-        continue_from: int | None = None,
+        self, request: Request, on_step: Callable[[int], object] | None = None
     ) -> NDArray[np.float32]:
-        """The latents `[B, C, H, W]` of a request that was checked; see `generate`."""
+        """The latents `[B, C, H, W]` of a request that was checked."""
+        steps, turn, larger = request.steps, request.turn, request.continue_at
         self.step_engines(steps)  # a damaged file shows before any work, not after it
-        for graph in DIFFUSING + (ENCODING if continue_at else ()):
+        for graph in DIFFUSING + (ENCODING if larger else ()):
             self.engine(graph)
-        stop = self.continuation(latent, steps, continue_at, continue_from)
-        indices = range(first_index, first_index + len(labels))
-        streams = self.noise(seed, indices, latent, noise)
-        guided = self.branches(labels, guidance_scale)
-        x = self.sample(streams.draw(), streams, guided, steps, eta, on_step, (0, stop))
-        if continue_at is None:
+        streams = self.noise(request, request.latent)
+        x = self.sample(streams.draw(), streams, request, on_step, (0, turn))
+        if larger is None:
             return x
-        denoise = self.denoiser(guided[0], latent, steps)
-        part = ddim.sample(denoise, x, steps, guided[1], first=stop, last=stop)
-        streams = self.noise(seed, indices, continue_at, noise)
-        x = self.enlarge(part, stop, steps, streams.draw())
-        return self.sample(x, streams, guided, steps, eta, on_step, (stop, steps))
+        conditions, weights = request.branches(self.model.condition.labels)
+        denoise = self.denoiser(conditions, request.latent, steps)
+        part = ddim.sample(denoise, x, steps, weights, first=turn, last=turn)
+        streams = self.noise(request, larger)
+        x = self.enlarge(part, turn, steps, streams.draw())
+        return self.sample(x, streams, request, on_step, (turn, steps))
 
     def sample(
         self,
         x: Array,
         streams: NoiseStreams,
-        guided: tuple[Array, list[NDArray[np.float32]]],
-        steps: int,
-        eta: float,
+        request: Request,
         on_step: Callable[[int], object] | None,
         part: tuple[int, int],
     ) -> NDArray[np.float32]:
         """`x` `[B, C, H, W]` after DDIM steps, on the device where it can stay.
 
-        `guided`: conditions and weights, as `branches` gives them. `part`: the first step and the
-        one before which to stop, of `steps`.
+        `part`: the first step and the one before which to stop, of `request.steps`.
         """
-        (conditions, weights), (start, stop) = guided, part
+        (start, stop), steps = part, request.steps
         size = (x.shape[2], x.shape[3])
+        conditions, weights = request.branches(self.model.condition.labels)
         first, engine = self.step_engines(steps)
         if isinstance(first, SamplingEngine) and isinstance(engine, SamplingEngine):
             inputs, film = self.step_inputs(conditions, size, steps)
             turn = min(max(self.exact_steps(steps), start), stop)
             for own, span in ((first, (start, turn)), (engine, (turn, stop))):
-                updates = self.updates(film, weights, streams, steps, eta, span)
+                updates = self.updates(film, weights, streams, request, span)
                 if update := next(updates, None):  # None where the span has no step
                     given = {"latent": x, **inputs, **update}
                     x = own.sample(given, chain([update], updates), on_step, span[0])
@@ -237,7 +220,7 @@ class Pipeline:
             return streams.draw(step + 1)
 
         denoise = self.denoiser(conditions, size, steps)
-        made = ddim.sample(denoise, x, steps, weights, eta, fresh, on_step, *part)
+        made = ddim.sample(denoise, x, steps, weights, request.eta, fresh, on_step, *part)
         return np.asarray(made.x, np.float32)
 
     def denoiser(self, conditions: Array, latent: Size, steps: int) -> ddim.Denoiser:
@@ -263,86 +246,28 @@ class Pipeline:
         eps = refine(ddim.predict_eps(part.x, part.x0, a), noise)
         return np.asarray(x0 * math.sqrt(a) + eps * math.sqrt(1 - a), np.float32)
 
-    def continuation(
-        self, latent: Size, steps: int, continue_at: Size | None, continue_from: int | None
-    ) -> int:
-        """The step from which `continue_at` is the latent's size, `steps` where it never is.
-
-        Raises UsageError where steps at `latent` cannot go on at `continue_at`.
-        """
-        if continue_at is None:
-            if continue_from is not None:
-                raise UsageError("continue_from is given alone; expected continue_at with it")
-            return steps
-        (height, width), (larger, wider) = latent, continue_at
-        if larger <= height or larger * width != wider * height:
-            raise UsageError(
-                f"continue_at is {larger}x{wider}; expected a larger size of the aspect of the "
-                f"latent {height}x{width}, as {2 * height}x{2 * width}"
-            )
-        stop = steps // 2 if continue_from is None else continue_from
-        if not 0 < stop < steps:
-            raise UsageError(
-                f"continue_from is {stop} of {steps} steps; expected some before and some after it"
-            )
-        return stop
-
-    def check_request(
-        self,
-        labels: Sequence[Label],
-        latent: Size,
-        image: Size,
-        steps: int,
-        guidance_scale: float,
-        eta: float,
-        seed: int,
-        noise: str = COHERENT,
-        continue_at: Size | None = None,
-        continue_from: int | None = None,
-        batch: int | None = None,
-    ) -> None:
+    def check_request(self, request: Request, batch: int | None = None) -> None:
         """Raise UsageError for a request that the bundle cannot meet.
 
-        `batch`: images drawn at once, where not all of `labels` are.
+        `batch`: images drawn at once, where not all of them are.
         """
-        limits = {
-            "steps": (steps, 1, MOST_STEPS),
-            "guidance_scale": (guidance_scale, -100, 100),
-            "eta": (eta, 0, 10),
-            "seed": (seed, 0, LARGEST_SEED),
-        }
-        for name, (value, low, high) in limits.items():
-            if not low <= value <= high:
-                raise UsageError(f"{name} is {value}; expected {low} to {high}")
-        if noise not in KINDS:
-            raise UsageError(f"noise is {noise!r}; expected {' or '.join(KINDS)}")
-        if not labels:
-            raise UsageError("no label is given; expected one per image, None for no condition")
-        count = self.model.condition.labels
-        for label in labels:
-            for number in _weighted(label):
-                if not 0 <= number < count:
-                    raise UsageError(
-                        f"label {number} is not in this bundle; expected 0 to {count - 1} "
-                        f"({', '.join(self.manifest.labels)})"
-                    )
-        conditions = self.branches(labels, guidance_scale)[0]
+        request.check(self.manifest.labels)
+        conditions = request.branches(count := self.model.condition.labels)[0]
         unique = np.unique(conditions.reshape(-1, count), axis=0)
-        images = min(len(labels), batch or len(labels))
-        for size in (latent, continue_at or latent):
+        images = min(len(request.labels), batch or len(request.labels))
+        for size in (request.latent, request.largest):
             self.check_size("r2id", size, batch=images, conditions=len(conditions))
             self.check_size("r2id_position", size)
-        self.check_size("r2id_film", latent, steps=steps + 1)
-        self.check_size("r2id_condition", latent, conditions=len(unique))
-        self.check_size("r2ir_latent_summary", continue_at or latent, batch=images)
-        self.check_size("r2ir_decode", image, batch=1)  # images are drawn one after the other
-        self.continuation(latent, steps, continue_at, continue_from)
-        if continue_at is not None:  # what `enlarge` decodes and encodes
-            between = self.image_size(continue_at)
-            self.check_size("r2ir_latent_summary", latent, batch=images)
+        self.check_size("r2id_film", request.latent, steps=request.steps + 1)
+        self.check_size("r2id_condition", request.latent, conditions=len(unique))
+        self.check_size("r2ir_latent_summary", request.largest, batch=images)
+        self.check_size("r2ir_decode", self.drawn_size(request), batch=1)  # one after the other
+        if request.continue_at is not None:  # what `enlarge` decodes and encodes
+            between = self.image_size(request.continue_at)
+            self.check_size("r2ir_latent_summary", request.latent, batch=images)
             self.check_size("r2ir_decode", between, batch=1)
             self.check_size("r2ir_image_summary", between, batch=images)
-            self.check_size("r2ir_encode", continue_at, batch=images)
+            self.check_size("r2ir_encode", request.continue_at, batch=images)
 
     def check_size(self, graph: str, size: Size, **axes: int) -> None:
         """Raise UsageError where a graph cannot run at `size` (height, width) and other `axes`.
@@ -362,25 +287,6 @@ class Pipeline:
         if plan is not None:
             asked = {"height": size[0], "width": size[1], **axes}
             choose(plan.file, plan.profiles, {a: asked[a] for a in ranges if a in asked})
-
-    def branches(
-        self, labels: Sequence[Label], guidance_scale: float
-    ) -> tuple[Array, list[NDArray[np.float32]]]:
-        """Conditions `[K, B, labels]` and each branch's weight per image, `[B, 1, 1, 1]`.
-
-        eps = eps_null + g · Σ w_i (eps_i - eps_null); branches of weight 0 in all images drop out.
-        """
-        weighted = [_weighted(label) for label in labels]
-        count = 1 + max(len(w) for w in weighted)
-        conditions = np.zeros((count, len(labels), self.model.condition.labels), np.float32)
-        weights = np.zeros((count, len(labels)), np.float32)
-        for image, own in enumerate(weighted):
-            for branch, (number, weight) in enumerate(own.items(), 1):
-                conditions[branch, image, number] = 1
-                weights[branch, image] = guidance_scale * weight
-            weights[0, image] = 1 - weights[1:, image].sum()
-        used = np.abs(weights).max(1) > 0
-        return conditions[used], [w.reshape(-1, 1, 1, 1) for w in weights[used]]
 
     def step_inputs(
         self, conditions: Array, latent: Size, steps: int
@@ -405,15 +311,14 @@ class Pipeline:
         film: Array,
         weights: Sequence[NDArray[np.float32]],
         noise: NoiseStreams,
-        steps: int,
-        eta: float,
+        request: Request,
         part: tuple[int, int],
     ) -> Iterator[dict[str, Array]]:
         """What changes per step of `part` for a `SamplingEngine`; `noise` where it has changed."""
         first, last = part
-        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(steps)[first : last + 1]]
-        for step, (a, a_next) in enumerate(pairwise(alpha_bars), first):
-            keep, move, spread = ddim.step_weights(a, a_next, eta)
+        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(request.steps)]
+        for step, (a, a_next) in enumerate(pairwise(alpha_bars[first : last + 1]), first):
+            keep, move, spread = ddim.step_weights(a, a_next, request.eta)
             update = {
                 "film": film[step],
                 "keep": np.array([keep], np.float32),
@@ -540,9 +445,3 @@ class Pipeline:
         height, width = pixels.shape[2:]
         self.check_size("r2ir_decode", size, batch=1)  # before any work
         return self.decode(self.encode(pixels, latent or self.latent_size((height, width))), size)
-
-
-def _weighted(label: Label) -> dict[int, float]:
-    if label is None:
-        return {}
-    return dict(label) if isinstance(label, Mapping) else {int(label): 1.0}

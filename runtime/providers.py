@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Provider:
-    """`library` is ONNX Runtime's own name and `install` the command that brings it.
+    """`ep_name` is ONNX Runtime's own name and `install` the command that brings it.
 
     `plugin` is a module that registers the provider with a plain onnxruntime; `profiles` starts
     the names of its profile options, where it builds engines for ranges of sizes. One without
-    `library` is no provider of ONNX Runtime but the library in module `package`, with an engine
+    `ep_name` is no provider of ONNX Runtime but the library in module `package`, with an engine
     of its own.
     """
 
-    library: str
+    ep_name: str
     install: str
     plugin: str = ""
     profiles: str = ""

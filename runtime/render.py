@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m runtime.render", description=__doc__)
+    p = cli.parser("runtime.render", __doc__)
     p.add_argument("state", type=Path, help="an .npz file made by runtime.generate --state")
     p.add_argument("--size", type=cli.size, required=True, help="HxW of the whole image")
     p.add_argument("--index", type=cli.number(0, 100_000, int), default=0, help="which image (0)")
@@ -36,9 +36,7 @@ def render(args: argparse.Namespace) -> None:
     from runtime.tiles import window_of
 
     height, width = args.size
-    out: Path = args.out or args.state.with_name(f"{args.state.stem}-{height}x{width}.png")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    out = cli.png_name(args.out or args.state.with_name(f"{args.state.stem}-{height}x{width}.png"))
     window_of(args.crop, args.size)
     check_writable(out)
     state = DecodeState.load(args.state)

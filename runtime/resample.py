@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 
 from runtime import cli
-from runtime.errors import UsageError
 from runtime.files import check_writable
 from runtime.render import Drawing
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    p = argparse.ArgumentParser(prog="python -m runtime.resample", description=__doc__)
+    p = cli.parser("runtime.resample", __doc__)
     p.add_argument("input", type=Path, help="an image file")
     p.add_argument("--size", type=cli.size, required=True, help="HxW of the result")
     p.add_argument("--latent", type=cli.size, help="HxW of the latent (the training ratio)")
@@ -26,9 +25,7 @@ def resample(args: argparse.Namespace) -> None:
     from runtime.images import ImageFile
 
     height, width = args.size
-    out: Path = args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png")
-    if out.suffix.lower() != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    out = cli.png_name(args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png"))
     check_writable(out)
     pipeline = cli.open_bundle(args)
     drawing = Drawing(pipeline, args.size, args.crop, bool(args.exact), args.memory)

@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 from runtime.files import TEMPORARY_PREFIX
+from runtime.manifest import Array
+from runtime.pipeline import Pipeline
 
 # A machine that is busy with other things is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
@@ -73,3 +76,18 @@ def command(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+def poison_film(pipeline: Pipeline, step: int) -> None:
+    """Make the film of a pipeline's steps NaN from `step` on, as a graph that overflows would."""
+    film = pipeline.engine("r2id_film")
+
+    class Poisoned:
+        provider = film.provider
+
+        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+            found = film.run(inputs)["film"]
+            found[step:] = np.nan
+            return {"film": found}
+
+    pipeline._engines["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]

@@ -98,10 +98,10 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
         ) from None
     # A provider can be in the session and yet be given none of the graph.
     ran = sorted({part.ep_name for part in session.get_provider_graph_assignment_info()})
-    if options.provider != "cpu" and provider.library not in ran:
+    if options.provider != "cpu" and provider.ep_name not in ran:
         raise IncompatibleError(
             f"--provider {options.provider}: {spec.file}: onnxruntime {library.__version__} fell "
-            f"back to {' and '.join(ran)}; expected {provider.library}. Check the driver and its "
+            f"back to {' and '.join(ran)}; expected {provider.ep_name}. Check the driver and its "
             "libraries, or pass --allow-fallback"
         )
     return session
@@ -112,14 +112,14 @@ def _choose(library: Any, settings: Any, options: EngineOptions) -> list[Any] | 
     provider = PROVIDERS[options.provider]
     own = dict(options.provider_options)
     available = library.get_available_providers()
-    if provider.library in available:
+    if provider.ep_name in available:
         if options.provider != "cpu":
             library.preload_dlls(msvc=False)  # CUDA's libraries where pip has put them
-        return [(provider.library, own)]
+        return [(provider.ep_name, own)]
     if not provider.plugin or importlib.util.find_spec(provider.plugin) is None:
         raise IncompatibleError(
             f"--provider {options.provider}: onnxruntime {library.__version__} here has "
-            f"{available}; expected {provider.library}. Install it with: {provider.install}, "
+            f"{available}; expected {provider.ep_name}. Install it with: {provider.install}, "
             "or choose --provider cpu or --allow-fallback"
         )
     devices = _plugin_devices(library, provider, f"--provider {options.provider}")

@@ -23,6 +23,7 @@ from runtime.files import TEMPORARY_PREFIX
 from runtime.images import read_metadata
 from runtime.manifest import Array, GraphSpec, Manifest, read_manifest
 from runtime.pipeline import open_bundle
+from runtime.request import Request
 from tests.conftest import Command
 
 
@@ -300,7 +301,7 @@ def test_a_trajectory_starts_in_fp32(quantized_bundle: Path) -> None:
     for steps, same in ((1, True), (3, False)):
         drawn = []
         for pipeline in (exact, ours):
-            drawn.append(pipeline.diffuse([1], (4, 4), steps, 2.0, 0.0, seed=0))
+            drawn.append(pipeline.diffuse(Request([1], (4, 4), steps=steps)))
         assert np.array_equal(drawn[0], drawn[1]) == same
 
 
@@ -347,6 +348,6 @@ def test_on_a_device_it_starts_in_fp32_too(quantized_bundle: Path, eta: float) -
         if device:
             engines = [OnDevice(pipeline.engine("r2id", p)) for p in ("fp32", "int8")]
             pipeline._engines["r2id", "fp32"], pipeline._engines["r2id", "int8"] = engines
-        drawn.append(pipeline.diffuse([1], (4, 4), 4, 2.0, eta, 0, on_step=steps.append))
+        drawn.append(pipeline.diffuse(Request([1], (4, 4), steps=4, eta=eta), steps.append))
     assert [engine.runs for engine in engines] == [1, 3] and steps == [*range(4)] * 2
     np.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())

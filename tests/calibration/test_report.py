@@ -75,7 +75,7 @@ def test_the_classifier_is_the_reference_s(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file
 
-    from reference.evaluate import Classifier
+    from reference.classifier import Classifier
 
     torch.manual_seed(0)
     model = Classifier()

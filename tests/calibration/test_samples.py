@@ -12,6 +12,7 @@ from calibration.samples import HEAVY, Settings, calibration_set, coverage, fing
 from runtime.errors import ArtefactError
 from runtime.manifest import read_manifest
 from runtime.pipeline import Pipeline
+from runtime.request import Request
 from tests.conftest import Command
 
 FEW = Settings(
@@ -45,15 +46,13 @@ def test_whole_trajectories_at_every_size_and_scale(own_bundle: Path) -> None:
 
 
 def test_a_trajectory_s_samples_are_the_sampler_s_own(own_bundle: Path) -> None:
-    """The last latent recorded is what `Pipeline.sample` ends in."""
+    """The last latent recorded is what `Pipeline.diffuse` ends in."""
     manifest = read_manifest(own_bundle)
     found = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
     own = [s for s in found if s.graph == "r2id" and s.size == (4, 4) and s.guidance_scale == 2]
     assert [s.t for s in own] == pytest.approx([2 / 3, 1 / 3, 0])
     pipeline = Pipeline(manifest)
-    noise = pipeline.noise(5, range(2), (4, 4))
-    guided = pipeline.branches([4, 5], 2.0)
-    last = pipeline.sample(noise.draw(), noise, guided, 3, 0.0, None, (0, 3))
+    last = pipeline.diffuse(Request([4, 5], (4, 4), steps=3, seed=5))
     np.testing.assert_array_equal(own[-1].inputs["latent"], last)
 
 

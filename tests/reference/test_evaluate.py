@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from reference.evaluate import GENERATION_SIZES, NOISE_SIZES, middle, name_of
+from reference.classifier import middle
+from reference.evaluate import GENERATION_SIZES, NOISE_SIZES, name_of
 from runtime.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST

@@ -90,17 +90,17 @@ class Context:
     """An execution context; the step graph's update is done in numpy, after its definition."""
 
     def __init__(self, engine: "Engine") -> None:
-        self.engine, self.library = engine, engine.library
+        self.engine, self.lib = engine, engine.lib
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        self.library.profiles.append(profile)
-        return self.library.answer("set_optimization_profile_async", True, False)
+        self.lib.profiles.append(profile)
+        return self.lib.answer("set_optimization_profile_async", True, False)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = tuple(shape)
-        return self.library.answer("set_input_shape", True, False)
+        return self.lib.answer("set_input_shape", True, False)
 
     def infer_shapes(self) -> list[str]:
         axes: dict[str, int] = {}
@@ -110,17 +110,17 @@ class Context:
             self.shapes[value.name] = tuple(axes.get(axis, axis) for axis in value.shape)
         if self.engine.fused:
             self.shapes |= {"next": self.shapes["latent"], "size": (1, 1, 1, 1)}
-        return self.library.answer("infer_shapes", [], ["latent"])
+        return self.lib.answer("infer_shapes", [], ["latent"])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.library.answer("get_tensor_shape", self.shapes[name], (9, 9))
+        return self.lib.answer("get_tensor_shape", self.shapes[name], (9, 9))
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
         self.addresses[name] = pointer
-        return self.library.answer("set_tensor_address", True, False)
+        return self.lib.answer("set_tensor_address", True, False)
 
     def execute_async_v3(self, stream: int) -> bool:
-        at = {n: self.library.cuda.array(p, self.shapes[n]) for n, p in self.addresses.items()}
+        at = {n: self.lib.cuda.array(p, self.shapes[n]) for n, p in self.addresses.items()}
         names = [value.name for value in self.engine.session.get_outputs()]
         given = {v.name: at[v.name] for v in self.engine.session.get_inputs()}
         for name, value in zip(names, self.engine.session.run(names, given), strict=True):
@@ -129,14 +129,14 @@ class Context:
             moved = (at["weights"] * at["eps"]).sum(0)
             at["next"][...] = at["keep"] * at["latent"] + moved + at["noise"]
             at["size"][...] = np.abs(at["next"]).mean()
-        return self.library.answer("execute_async_v3", True, False)
+        return self.lib.answer("execute_async_v3", True, False)
 
 
 class Engine:
     """A deserialised plan: an ONNX Runtime session."""
 
     def __init__(self, library: "Library", data: bytes) -> None:
-        self.library = library
+        self.lib = library
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
@@ -154,11 +154,11 @@ class Engine:
         return 12_345
 
     def create_runtime_config(self) -> Any:
-        return self.library.answer("create_runtime_config", self.library.config, None)
+        return self.lib.answer("create_runtime_config", self.lib.config, None)
 
     def create_execution_context(self, runtime_config: Any) -> Context | None:
-        assert runtime_config is self.library.config
-        return self.library.answer("create_execution_context", Context(self), None)
+        assert runtime_config is self.lib.config
+        return self.lib.answer("create_execution_context", Context(self), None)
 
 
 class Library:

@@ -12,9 +12,11 @@ from runtime import ddim, open_bundle, schedule
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.files import sha256
-from runtime.manifest import Manifest, read_manifest
+from runtime.manifest import Array, Manifest, read_manifest
 from runtime.noise import NoiseStreams, spread
-from runtime.pipeline import Label, Pipeline
+from runtime.pipeline import Pipeline
+from runtime.request import Label, Request
+from tests.conftest import poison_film
 
 SINGLE = EngineOptions(threads=1)
 
@@ -78,7 +80,8 @@ def test_an_enlarged_sample_has_its_noise_and_its_picture(pipeline: Pipeline) ->
     """x0 as R2IR enlarges it, noise of the variance that the step has."""
     count, steps, step = 64, 10, 6
     a = float(schedule.sampling_alpha_bar(steps)[step])
-    small, large = (pipeline.noise(1, range(count), side).draw() for side in ((6, 6), (9, 9)))
+    request = Request([None] * count, (6, 6), seed=1)
+    small, large = (pipeline.noise(request, side).draw() for side in ((6, 6), (9, 9)))
     x0 = pipeline.encode(np.zeros((count, 1, 24, 24), np.float32), (6, 6))
     part = ddim.Sample((a**0.5 * x0 + (1 - a) ** 0.5 * small).astype(np.float32), x0)
     found = pipeline.enlarge(part, step, steps, large)
@@ -103,10 +106,13 @@ def test_one_seed_draws_alike_at_every_size(pipeline: Pipeline) -> None:
     assert likeness["coherent"] > likeness["independent"] + 0.2
 
 
-def test_guidance_one_runs_the_label_alone(pipeline: Pipeline) -> None:
-    assert len(pipeline.branches([3, 4], 1.0)[0]) == 1
-    assert len(pipeline.branches([None], 7.0)[0]) == 1
-    conditions, weights = pipeline.branches([3, {1: 0.25, 2: 0.75}], 2.0)
+def test_guidance_one_runs_the_label_alone() -> None:
+    def branches(labels: list[Label], guidance_scale: float) -> tuple[Array, list[Array]]:
+        return Request(labels, (4, 4), guidance_scale=guidance_scale).branches(10)
+
+    assert len(branches([3, 4], 1.0)[0]) == 1
+    assert len(branches([None], 7.0)[0]) == 1
+    conditions, weights = branches([3, {1: 0.25, 2: 0.75}], 2.0)
     assert conditions.shape == (3, 2, 10)
     weights_by_image = [[float(w[image, 0, 0, 0]) for w in weights] for image in (0, 1)]
     assert weights_by_image == [[-1, 2, 0], [-1, 0.5, 1.5]]
@@ -182,17 +188,7 @@ def test_a_wrong_input_is_named(pipeline: Pipeline) -> None:
 
 def test_nan_in_the_loop_names_its_step(tiny_bundle: Path) -> None:
     broken = open_bundle(tiny_bundle)
-    film = broken.engine("r2id_film")
-
-    class Poisoned:
-        provider = film.provider
-
-        def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            found = film.run(inputs)["film"]
-            found[2:] = np.nan
-            return {"film": found}
-
-    broken._engines["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]
+    poison_film(broken, step=2)
     with pytest.raises(NumericalError, match="step 3 of 5"):
         broken.generate([1], steps=5)
 

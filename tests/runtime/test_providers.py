@@ -24,14 +24,14 @@ PROFILES = (
 
 def test_the_library_knows_every_provider_of_the_table() -> None:
     known = engine_module.load_library().get_all_providers()
-    assert {p.library for p in PROVIDERS.values() if not p.package} <= set(known)
+    assert {p.ep_name for p in PROVIDERS.values() if not p.package} <= set(known)
 
 
 @pytest.mark.parametrize("name", [n for n, p in PROVIDERS.items() if n != "cpu" and not p.package])
 def test_a_provider_that_is_not_there_is_an_error_unless_allowed(
     name: str, tiny_bundle: Path
 ) -> None:
-    if PROVIDERS[name].library in engine_module.load_library().get_available_providers():
+    if PROVIDERS[name].ep_name in engine_module.load_library().get_available_providers():
         pytest.skip(f"{name} is here")
     with pytest.raises(IncompatibleError, match=f"--provider {name}: .*--allow-fallback"):
         open_bundle(tiny_bundle, EngineOptions(name)).engine("r2id_film")

@@ -26,7 +26,8 @@ from runtime.errors import (
 from runtime.files import exclusive, sha256
 from runtime.manifest import Manifest, PlanSpec, read_manifest
 from runtime.pipeline import Pipeline
-from tests.conftest import Command
+from runtime.request import Request
+from tests.conftest import Command, poison_film
 from tests.runtime.simulated import Cuda, Library
 
 NATIVE = (
@@ -117,10 +118,11 @@ def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     pipeline = opened(bundle)
     engine = pipeline.engine("r2id")
     assert isinstance(engine, SamplingEngine)
-    conditions, weights = pipeline.branches([1], 2.0)
+    request = Request([1], (6, 7), steps=5)
+    conditions, weights = request.branches(pipeline.model.condition.labels)
     inputs, film = pipeline.step_inputs(conditions, (6, 7), 5)
-    noise = pipeline.noise(0, [0], (6, 7))
-    updates = list(pipeline.updates(film, weights, noise, 5, 0.0, (0, 5)))
+    noise = pipeline.noise(request, request.latent)
+    updates = list(pipeline.updates(film, weights, noise, request, (0, 5)))
     given = {"latent": noise.draw(), **inputs, **updates[0]}
     library.cuda.copies.clear()
     latent = engine.sample(given, updates).nbytes
@@ -191,17 +193,7 @@ def test_out_of_memory_names_the_bytes_and_leaves_room(bundle: Path, library: Li
 
 def test_nan_on_the_device_names_its_step(bundle: Path, library: Library) -> None:
     pipeline = opened(bundle)
-    film = pipeline.engine("r2id_film")
-
-    class Poisoned:
-        provider = film.provider
-
-        def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            found = film.run(inputs)["film"]
-            found[2:] = np.nan
-            return {"film": found}
-
-    pipeline._engines["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]
+    poison_film(pipeline, step=2)
     with pytest.raises(NumericalError, match="after step 3"):
         pipeline.generate([1], steps=5)
 

@@ -1,0 +1,88 @@
+"""A small classifier of digits: it reads whether a generated one is what was asked for."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from reference.checkpoint import read_metadata
+from reference.data import Images, fit
+from runtime.files import atomic_write, sha256
+
+IMAGE_SIDE = 32  # of the digits that it reads
+STEPS = 1500
+SEED = 1234
+
+
+class Classifier(nn.Module):
+    """Reads a 32 × 32 digit in [-1, 1]: three convolutions, one hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for into, out in ((1, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(into, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)]
+        head = [nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU(), nn.Linear(128, 10)]
+        self.layers = nn.Sequential(*layers, *head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 1, 32, 32]` -> logits `[B, 10]`."""
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def trained_classifier(train: Images, cache: Path) -> Classifier:
+    """The classifier, from `cache` where this code and data have made it before."""
+    torch.manual_seed(SEED)
+    model = Classifier()
+    fingerprint = sha256(f"{model} {STEPS} {len(train)}".encode())
+    if cache.exists():
+        data = cache.read_bytes()
+        if read_metadata(data, cache).get("fingerprint") == fingerprint:
+            model.load_state_dict(load(data))
+            return model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
+    for _ in tqdm(range(STEPS), desc="classifier", unit="step"):
+        chosen = torch.randint(len(train), (128,))
+        loss = F.cross_entropy(model(augmented(train.pixels[chosen])), train.labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    with atomic_write(cache) as file:
+        file.write(save(model.state_dict(), {"fingerprint": fingerprint}))
+    return model.eval()
+
+
+def augmented(pixels: Tensor) -> Tensor:
+    """uint8 digits slightly shifted, scaled and turned: `[B, 1, 32, 32]` in [-1, 1]."""
+    x = fit(pixels, IMAGE_SIDE, IMAGE_SIDE, pad=True)
+    theta = torch.eye(2, 3).repeat(len(x), 1, 1) + 0.1 * torch.randn(len(x), 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1  # what comes in is ground
+
+
+def middle(images: Tensor) -> Tensor:
+    """The middle square of `[B, c, h, w]`, whose side is the shorter one."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def read(classifier: Classifier, images: Tensor) -> Tensor:
+    """The label that the classifier reads in the middle of each image."""
+    square = F.interpolate(middle(images), (IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")
+    found: Tensor = classifier(square).argmax(1)
+    return found
+
+
+def accuracy(classifier: Classifier, test: Images) -> float:
+    """Share of the test images that the classifier reads right."""
+    square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
+    return (read(classifier, square) == test.labels).float().mean().item()
