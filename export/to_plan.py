@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from export.profiles import Ranges, SizeRange, expected_slowdown, plan_profiles
 from runtime import cli
+from runtime.engines.cuda import device_target
 from runtime.engines.onnx_file import check_self_contained
 from runtime.engines.tensorrt import (
     FLAVOURS,
     OUT_OF_MEMORY,
-    device_target,
     installed,
     load_library,
     message_log,

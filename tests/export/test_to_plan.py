@@ -288,7 +288,7 @@ def test_a_second_build_in_a_folder_fails_fast(own_bundle: Path, command: Comman
 def test_a_build_needs_a_gpu_for_current_and_the_library_for_a_flavour(
     tiny_bundle: Path, command: Command
 ) -> None:
-    from runtime.engines.tensorrt import device_target
+    from runtime.engines.cuda import device_target
 
     try:
         device_target()

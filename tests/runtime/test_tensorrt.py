@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from runtime import open_bundle
-from runtime.engines import EngineOptions, SamplingEngine, tensorrt
+from runtime.engines import EngineOptions, SamplingEngine, cuda, tensorrt
 from runtime.errors import (
     ArtefactError,
     IncompatibleError,
@@ -358,7 +358,7 @@ def test_without_a_driver_the_gpu_is_what_is_missing(bundle: Path, command: Comm
     """The real libraries, on a machine without a GPU."""
     library = pytest.importorskip("tensorrt_rtx", reason="no tensorrt-rtx here")
     try:
-        tensorrt.device_target()
+        cuda.device_target()
     except IncompatibleError as error:
         assert re.search(r"no usable GPU or driver.*nvidia-smi", str(error))
     else:
@@ -383,4 +383,4 @@ def test_the_real_deserialiser_s_refusal_is_an_error(
 def test_cuda_python_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(IncompatibleError, match=r"pip install 'cuda-bindings>=13'"):
-        tensorrt.load_cuda()
+        cuda.load_cuda()
