@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import UsageError
+from runtime.files import atomic_write
 from runtime.manifest import GraphSpec
-from runtime.profiles import Cost, Profile, covers
+from runtime.profiles import Cost, Profile, covers, describe
 
 Range = tuple[int, int]
 Size = tuple[int, int]
@@ -249,3 +252,49 @@ class Ranges:
                     f"{low}..{high}. Ask for a smaller range"
                 )
         return found
+
+
+def explain(ranges: Ranges, path: Path) -> None:
+    """Print the profiles of both ranges and draw them: tokens against expected time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    sides = {"latent": ranges.latent, "image": ranges.image}
+    for axes, (name, sizes) in zip(figure.subplots(1, 2), sides.items(), strict=True):
+        own = (sizes, ranges.batch)
+        slow = [
+            expected_slowdown(*own, plan_profiles(*own, n, ranges.cost), ranges.cost)
+            for n in range(1, ranges.profiles + 1)
+        ]
+        profiles = plan_profiles(*own, ranges.profiles, ranges.cost)
+        print(f"{name}: expected slow-down with 1, 2, … profiles: " + ", ".join(map(_ratio, slow)))
+        for number, profile in enumerate(profiles):
+            print(f"  profile {number}: {describe(profile)} (min..optimum..max)")
+        draw(axes, profiles, ranges.cost)
+        axes.set_title(f"{name}: {_ratio(slow[-1])} × the time of a profile for every size")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    print(path)
+
+
+def draw(axes: Any, profiles: list[Profile], cost: Cost) -> None:
+    """One range: each profile's band of tokens and what a run takes with it; smaller is better."""
+
+    def tokens(profile: Profile, end: int) -> int:
+        return profile["batch"][end] * profile["height"][end] * profile["width"][end]
+
+    for number, profile in enumerate(profiles):
+        low, best, high = (tokens(profile, end) for end in range(3))
+        counts = [low * (high / low) ** (i / 99) for i in range(100)]
+        colour = f"C{number}"
+        label = f"profile {number}: {profile['height'][1]}x{profile['width'][1]}"
+        axes.plot(counts, [cost.time(n, best) for n in counts], colour, label=label)
+        axes.plot(best, cost.time(best, best), "o", color=colour)
+        axes.axvspan(low, high, color=colour, alpha=0.08)
+    axes.set(xscale="log", yscale="log", xlabel="tokens: batch × height × width")
+    axes.set_ylabel("expected time, in tokens at an optimum")
+    axes.legend()
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}"

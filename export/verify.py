@@ -1,10 +1,16 @@
 """Parity of every exported graph with PyTorch, at sizes that the exporter never saw."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator
+from polygraphy.logger import G_LOGGER
 
 from export.to_onnx import GraphSource
 from reference.checkpoint import Models
@@ -24,8 +30,6 @@ BATCHES = (1, 3)
 CONDITIONS = (1, 2, 3)
 STEPS = (1, 5, 51)
 
-Run = Callable[[dict[str, Array]], dict[str, Array]]
-
 
 def size_cases(source: GraphSource) -> Iterator[dict[str, int]]:
     """Sizes of the graph's named axes: all grids, batches, conditions and step counts."""
@@ -41,26 +45,54 @@ def size_cases(source: GraphSource) -> Iterator[dict[str, int]]:
         yield {axis: sizes[axis] for axis in sizes if axis in axes}
 
 
-def parity(source: GraphSource, run: Run, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
-    """Errors of `run` against the module at every size case; raises ArtefactError over it."""
-    rows = []
-    for number, sizes in enumerate(size_cases(source)):
-        inputs = source.example(sizes, torch.Generator().manual_seed(number))
+class TorchRunner(BaseRunner):  # type: ignore[misc]
+    """PyTorch as one of Polygraphy's backends: the module of a graph, before its export."""
+
+    def __init__(self, source: GraphSource):
+        super().__init__(name="PyTorch")
+        self.source = source
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for spec in self.source.inputs:
+            shape = [None if isinstance(axis, str) else axis for axis in spec.axes]
+            metadata.add(spec.name, np.dtype(spec.dtype), shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: dict[str, Array]) -> dict[str, Array]:
         with torch.inference_mode():
-            wanted = source.module(*inputs)
-        wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-        names = [spec.name for spec in source.inputs]
-        found = run({k: v.numpy() for k, v in zip(names, inputs, strict=True)})
-        error = max(
-            relative_error(found[spec.name], tensor.numpy())
-            for spec, tensor in zip(source.outputs, wanted, strict=True)
-        )
-        if not error <= tolerance:
-            raise ArtefactError(
-                f"{source.name}: differs from PyTorch by {error:.2e} at {sizes}; expected at most "
-                f"{tolerance:.0e}. The export is stopped and no manifest is written"
-            )
-        rows.append({**sizes, "error": float(f"{error:.2e}")})
+            made = self.source.module(*map(torch.from_numpy, feed_dict.values()))
+        tensors = made if isinstance(made, tuple) else (made,)
+        named = zip(self.source.outputs, tensors, strict=True)
+        return {spec.name: tensor.numpy() for spec, tensor in named}
+
+
+def parity(source: GraphSource, model: bytes, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+    """Errors of a graph on ONNX Runtime against its module in PyTorch, at every size case.
+
+    Polygraphy runs both, one case after the other, and refuses inputs that are not the graph's.
+    Raises ArtefactError over `tolerance`.
+    """
+    cases = list(size_cases(source))
+    names = [spec.name for spec in source.inputs]
+    examples = (
+        source.example(sizes, torch.Generator().manual_seed(n)) for n, sizes in enumerate(cases)
+    )
+    feeds = ({k: v.numpy() for k, v in zip(names, own, strict=True)} for own in examples)
+    rows = []
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        backends = [TorchRunner(source), OnnxrtRunner(SessionFromOnnx(model), name="ONNX Runtime")]
+        runs = Comparator.run(backends, data_loader=feeds, streaming=True)
+        for sizes, run in zip(cases, runs, strict=True):
+            wanted, found = (results[0] for _, results in run)
+            errors = (relative_error(found[s.name], wanted[s.name]) for s in source.outputs)
+            error = max(errors)
+            if not error <= tolerance:
+                raise ArtefactError(
+                    f"{source.name}: differs from PyTorch by {error:.2e} at {sizes}; expected at "
+                    f"most {tolerance:.0e}. The export is stopped and no manifest is written"
+                )
+            rows.append({**sizes, "error": float(f"{error:.2e}")})
     return rows
 
 

@@ -16,7 +16,7 @@ ALLOWED = {
     "export": {"runtime", "reference"},
     "calibration": {"runtime"},
 }
-TENSORRT = {"export/to_plan.py", "runtime/engines/tensorrt.py"}
+TENSORRT = {"export/plans.py", "runtime/engines/tensorrt.py"}
 
 
 def modules() -> list[Path]:

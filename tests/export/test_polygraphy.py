@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from runtime.manifest import Manifest, read_manifest
 
-polygraphy = pytest.importorskip("polygraphy", reason="Polygraphy: pip install '.[test]'")
+polygraphy = pytest.importorskip("polygraphy", reason="Polygraphy: pip install '.[export]'")
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx  # noqa: E402
 from polygraphy.common import TensorMetadata  # noqa: E402
 from polygraphy.comparator import Comparator, DataLoader, SimpleCompareFunc  # noqa: E402

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from export import to_plan
+from export import plans, to_plan
 from export.profiles import SizeRange
 from runtime import ddim
 from runtime.engines.tensorrt import plan_interface
@@ -107,7 +107,7 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
     """The step graph with its update, on ONNX Runtime, against ddim.sample."""
     manifest = read_manifest(tiny_bundle)
     spec = manifest.graph("r2id")
-    interface, model = to_plan.with_update("r2id", spec, manifest.file_bytes(spec))
+    interface, model = plans.with_update("r2id", spec, manifest.file_bytes(spec))
     onnx.checker.check_model(onnx.load_from_string(model))
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     sizes = {"batch": 2, "conditions": 3, "height": 4, "width": 5}
@@ -131,7 +131,7 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
     )
     given["noise"][0, 0, 0, 0] = np.nan
     assert np.isnan(session.run(["size"], given)[0]).all()
-    assert to_plan.with_update("r2id_film", manifest.graph("r2id_film"), b"")[1] == b""
+    assert plans.with_update("r2id_film", manifest.graph("r2id_film"), b"")[1] == b""
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_fp8_needs_sm89() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     spec = GraphSpec("g.onnx", "", "fp8", (), (), {})
-    job = to_plan.Job("g", spec, model.SerializeToString(), ())
+    job = plans.Job("g", spec, model.SerializeToString(), ())
     with pytest.raises(UsageError, match=r"y is FP8, which GPUs have from sm89 on; sm86"):
-        to_plan.check_targets(job, ("sm89", "sm86"))
-    to_plan.check_targets(job, ("sm89", "sm120"))
+        plans.check_targets(job, ("sm89", "sm86"))
+    plans.check_targets(job, ("sm89", "sm120"))
 
 
 class Bar:
@@ -181,14 +181,14 @@ class Bar:
         self.seen.append(self.n)
 
 
-def builder(tmp_path: Path, targets: tuple[str, ...], bar: Any = None) -> to_plan.PlanBuilder:
-    return to_plan.PlanBuilder(library, "tensorrt_rtx", targets, tmp_path, bar or Bar(), 2)
+def builder(tmp_path: Path, targets: tuple[str, ...], bar: Any = None) -> plans.PlanBuilder:
+    return plans.PlanBuilder(library, "tensorrt_rtx", targets, tmp_path, bar or Bar(), 2)
 
 
-def film(tiny_bundle: Path) -> to_plan.Job:
+def film(tiny_bundle: Path) -> plans.Job:
     manifest = read_manifest(tiny_bundle)
     spec = manifest.graph("r2id_film")
-    return to_plan.Job("r2id_film", spec, manifest.file_bytes(spec), ({"steps": (2, 51, 99)},))
+    return plans.Job("r2id_film", spec, manifest.file_bytes(spec), ({"steps": (2, 51, 99)},))
 
 
 def test_a_builder_that_returns_nothing_names_what_it_was_given(
@@ -208,12 +208,12 @@ def test_a_graph_that_the_parser_refuses_gives_its_words(tmp_path: Path) -> None
     tensor = TensorSpec("x", "float32", (2,))
     spec = GraphSpec("g.onnx", "", "fp32", (tensor,), (), {})
     with pytest.raises(ArtefactError, match=r"cannot read it: odd \(NoSuchThing\): "):
-        builder(tmp_path, ("sm89",)).plan(to_plan.Job("g", spec, model.SerializeToString(), ({},)))
+        builder(tmp_path, ("sm89",)).plan(plans.Job("g", spec, model.SerializeToString(), ({},)))
 
 
 def test_profiles_that_the_builder_refuses_are_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
     job = film(tiny_bundle)
-    odd = to_plan.Job(job.name, job.spec, job.model, ({"steps": (9, 5, 2)},))
+    odd = plans.Job(job.name, job.spec, job.model, ({"steps": (9, 5, 2)},))
     with pytest.raises((IncompatibleError, UsageError), match=r"steps 9\.\.5\.\.2"):
         builder(tmp_path, ("sm89",)).plan(odd)
 
@@ -232,7 +232,7 @@ def test_an_interrupt_stops_the_build_itself(
         raise KeyboardInterrupt
 
     made = builder(tmp_path, ("sm89",))
-    monkeypatch.setattr(to_plan, "wait", interrupt)
+    monkeypatch.setattr(plans, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         made.plan(film(tiny_bundle))
     assert made.monitor.stopped
