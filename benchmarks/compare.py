@@ -71,7 +71,7 @@ def run_all(
 ) -> dict[str, list[Any]]:
     """What each contender measured in its turns at one size."""
     found: dict[str, list[Any]] = {contender.name: [] for contender in turns}
-    with tqdm(total=len(turns), desc=f"{size[0]}x{size[1]}", unit="run") as bar:
+    with tqdm(total=len(turns), desc=cli.size_name(size), unit="run") as bar:
         for contender in turns:
             first = contender.engine == "torch.compile" and not found[contender.name]
             bar.set_postfix_str(contender.name + " (compiling: a minute)" * first)
@@ -93,17 +93,12 @@ def about(args: argparse.Namespace, rounds: int) -> dict[str, Any]:
     }
 
 
-def sizes(text: str) -> list[Size]:
-    """Sizes separated by commas."""
-    return [cli.size(part) for part in text.split(",")]
-
-
 def main() -> None:
     """The command line."""
     p = cli.parser("benchmarks.compare", __doc__)
     add = p.add_argument
     add("--quick", action="store_true", help="two sizes, one round, no torch.compile: 2 minutes")
-    add("--sizes", type=sizes, help="HxW,HxW,… of the latent (16x16 to 256x256)")
+    add("--sizes", type=cli.sizes, help="HxW,HxW,… of the latent (16x16 to 256x256)")
     add("--rounds", type=cli.number(1, 1000, int), help="processes per contender and size (3)")
     add("--threads", type=cli.number(1, 256, int), default=2, help="CPU threads of each (2)")
     add("--config", default="published", help="configuration in reference/configs (published)")

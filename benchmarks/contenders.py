@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.files import sha256
@@ -78,7 +79,7 @@ class Prepared:
     def inputs(self, graph: str, size: Size) -> dict[str, Array]:
         """A graph's inputs; its forms share them."""
         kind = graph.split(".")[0]
-        with np.load(self.folder / f"{kind}-{size[0]}x{size[1]}.npz") as arrays:
+        with np.load(self.folder / f"{kind}-{size_name(size)}.npz") as arrays:
             return dict(arrays)
 
 
@@ -132,7 +133,7 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
             feeds = {"published": plain_inputs(models, size), "r2id": our_inputs(models, size)}
             for name, feed in feeds.items():
                 arrays = {key: tensor.numpy() for key, tensor in feed.items()}
-                np.savez(folder / f"{name}-{size[0]}x{size[1]}.npz", **arrays)
+                np.savez(folder / f"{name}-{size_name(size)}.npz", **arrays)
                 flops[name][size] = count_flops(modules[name], feed)
             flops["r2id.cpu"][size] = flops["r2id"][size]
             flops["gemm"][size] = 2 * 2 * GEMM_ROWS * width(models) * 4 * width(models)

@@ -120,7 +120,10 @@ def speed(args: argparse.Namespace) -> None:
         }
         if args.exact:
             contenders["tiles, exact"] = partial(ours, True, args.memory)
-        print(f"\npublished width, {text(args.latent)} latent -> {text(args.size)}", flush=True)
+        print(
+            f"\npublished width, {cli.size_name(args.latent)} latent -> {cli.size_name(args.size)}",
+            flush=True,
+        )
         rows = {}
         for name, work in contenders.items():
             rows[name] = alone(work)
@@ -150,8 +153,9 @@ def large(args: argparse.Namespace) -> None:
         _, seconds, peak = alone(work)
         written = path.stat().st_size
     print(
-        f"\nshipped model -> {text(args.large)} PNG: {seconds:.1f} s, {peak / 1e6:.0f} MB at most "
-        f"with --memory {args.memory / 1e6:.0f}MB, {written / 1e6:.1f} MB written"
+        f"\nshipped model -> {cli.size_name(args.large)} PNG: {seconds:.1f} s, "
+        f"{peak / 1e6:.0f} MB at most with --memory {args.memory / 1e6:.0f}MB, "
+        f"{written / 1e6:.1f} MB written"
     )
 
 
@@ -235,10 +239,6 @@ def graph_inputs(pipeline: Pipeline, graph: str) -> dict[str, np.ndarray]:
     specs = pipeline.manifest.graph(graph).inputs
     inputs = {spec.name: np.ones(spec.shape(sizes), np.float32) for spec in specs}
     return inputs | {"coordinates": grid(side, side)}
-
-
-def text(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def parts(names: str) -> list[str]:

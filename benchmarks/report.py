@@ -94,7 +94,7 @@ def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
             memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.own_bytes / 1e6:.0f}"]
             ratios = [f"{row.faster[peer]:.2f}" for peer in peers]
             table.append([row.contender, *times, *memory, f"{row.error:.0e}", *ratios])
-        lines += [f"{size[0]}x{size[1]}", cli.table(table), ""]
+        lines += [cli.size_name(size), cli.table(table), ""]
     for name, found in rates.items():
         low, high = min(found) / 1e9, max(found) / 1e9
         lines.append(f"{name}: {high:.0f} GFLOP/s at best, {low:.0f} in the slowest process")

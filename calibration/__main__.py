@@ -9,16 +9,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from calibration.half import put_variants
-from calibration.quantize import (
+from calibration.choices import (
     BUDGETS,
-    FORMS,
     Choices,
     choice_file,
     quantize_graph,
     read_choices,
     write_variant,
 )
+from calibration.half import put_variants
+from calibration.quantize import FORMS
 from calibration.samples import (
     HEAVY,
     Sample,
@@ -47,7 +47,9 @@ def calibrate(args: argparse.Namespace) -> None:
                 "Leave --precision out"
             )
         precisions = [given.precision]
-    settings = Settings(args.sizes, args.guidance, args.steps, args.every, args.pictures, args.seed)
+    settings = Settings(
+        tuple(args.sizes), args.guidance, args.steps, args.every, args.pictures, args.seed
+    )
     with staging(manifest.folder) as scratch:
         if args.samples:
             samples = load(args.samples, manifest)
@@ -126,11 +128,6 @@ def precisions(text: str) -> list[str]:
     return [precision for precision in FORMS if precision in found]
 
 
-def sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """Sizes separated by commas."""
-    return tuple(cli.size(part) for part in text.split(","))
-
-
 def scales(text: str) -> tuple[float, ...]:
     """Guidance scales separated by commas."""
     return tuple(cli.number(-100, 100)(part) for part in text.split(","))
@@ -150,7 +147,7 @@ def main() -> None:
     add("--choice", type=Path, help="a choice file to replay instead of measuring layers")
     add("--samples", type=Path, help="calibration data to use instead of drawing them")
     add("--data", type=Path, help="MNIST's IDX files, whose pictures go through R2IR")
-    add("--sizes", type=sizes, default=default.sizes, help="latent sizes of the samples")
+    add("--sizes", type=cli.sizes, default=default.sizes, help="latent sizes of the samples")
     add("--guidance", type=scales, default=default.guidance_scales, help="their guidance scales")
     add("--steps", type=cli.number(1, 1000, int), default=default.steps, help="DDIM steps (50)")
     add("--every", type=cli.number(1, 1000, int), default=default.every, help="n-th one kept (5)")

@@ -8,16 +8,9 @@ file sizes, seconds per step and peak memory on each engine here. fp16 and bf16 
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
-import multiprocessing
-import resource
-import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,33 +18,31 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
 from tqdm import tqdm
 
+from calibration.choices import choice_file, read_choices, rms_error
+from calibration.digits import classifier, digits_read
 from calibration.half import HALVES, emulated
-from calibration.quantize import FORMS, choice_file, read_choices, rms_error
+from calibration.quantize import FORMS
 from calibration.samples import HEAVY, Recorder
+from calibration.speed import engines_here, speed
 from runtime import cli, schedule
+from runtime.cli import size_name
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-from runtime.errors import ArtefactError, ToolkitError
 from runtime.files import atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
-from runtime.pipeline import Pipeline, open_bundle
-from runtime.providers import PROVIDERS
+from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.tiles import Size
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
 VERDICTS = dict.fromkeys(HALVES, (45.0, 1.0)) | dict.fromkeys(FORMS, (35.0, 1.0))
 GUIDANCE = 2.0
-PICTURES = 4  # images of a trajectory
+PICTURES = 4  # images of a trajectory, fewer where their tokens would be more than MOST_TOKENS
+MOST_TOKENS = 16_384
 MOST_DIGIT_TOKENS = 256  # larger latents draw too slowly for hundreds of digits
-CLASSIFIER_SIDE = 32
-DIGITS_AT_ONCE = 20
-SECONDS = 3.0  # how long a step is timed in one round
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -83,11 +74,12 @@ class Judged(Recorder):
 
     def pictures(self, size: Size, steps: int) -> Request:
         """The images that are compared."""
-        labels = [i % self.model.condition.labels for i in range(PICTURES)]
+        count = max(1, min(PICTURES, MOST_TOKENS // (size[0] * size[1])))
+        labels = [i % self.model.condition.labels for i in range(count)]
         return Request(labels, size, steps=steps, guidance_scale=GUIDANCE)
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
-        """Draw `PICTURES` images, every run of the step graph kept."""
+        """Draw the images, every run of the step graph kept."""
         latents, eps = [], []
 
         def keep(step: int) -> None:
@@ -147,7 +139,7 @@ def quality(
     found: dict[str, dict[str, Any]] = {}
     pipelines = {p: Judged(manifest, p) for p in ("fp32", *precisions)}
     total = (1 + 2 * len(precisions)) * steps
-    with tqdm(total=total, desc=f"quality {name_of(size)}", unit="step") as bar:
+    with tqdm(total=total, desc=f"quality {size_name(size)}", unit="step") as bar:
         fp32 = pipelines["fp32"].trajectory(size, steps, bar)
         rows = [fp32.images]
         for precision in precisions:
@@ -162,9 +154,9 @@ def quality(
                 **reconstruction(own, pipelines["fp32"], fp32.images, size),
             }
             rows.append(made.images)
-    sheet = contact_sheet(to_uint8(np.concatenate(rows)), PICTURES)
+    sheet = contact_sheet(to_uint8(np.concatenate(rows)), len(fp32.images))
     made_of = {"rows": ["fp32", *precisions], "latent": list(size)}
-    save_png(out / f"images-{name_of(size)}.png", sheet, made_of)
+    save_png(out / f"images-{size_name(size)}.png", sheet, made_of)
     return found
 
 
@@ -182,143 +174,6 @@ def reconstruction(own: Pipeline, fp32: Pipeline, images: Array, size: Size) -> 
 
 def rounded(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.3e}") for value in values]
-
-
-def name_of(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
-
-
-def classifier(path: Path) -> Any:
-    """A session of `reference.classifier`'s network, from its weights: pixels -> logits.
-
-    Batch normalisation is folded into the convolutions. Raises ArtefactError for other weights.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    try:
-        weights = load(path.read_bytes())
-        nodes, constants, x = [], [], "pixels"
-        for place in (0, 4, 8):
-            norm = {key: weights[f"layers.{place + 1}.{key}"] for key in ("weight", "bias")}
-            mean, variance = (weights[f"layers.{place + 1}.running_{k}"] for k in ("mean", "var"))
-            gain = norm["weight"] / np.sqrt(variance + 1e-5)
-            kernel = weights[f"layers.{place}.weight"] * gain[:, None, None, None]
-            bias = (weights[f"layers.{place}.bias"] - mean) * gain + norm["bias"]
-            w, b = f"kernel{place}", f"bias{place}"
-            constants += [numpy_helper.from_array(kernel, w), numpy_helper.from_array(bias, b)]
-            nodes += [
-                helper.make_node("Conv", [x, w, b], [f"c{place}"], pads=[1, 1, 1, 1]),
-                helper.make_node("Relu", [f"c{place}"], [f"r{place}"]),
-                helper.make_node(
-                    "MaxPool", [f"r{place}"], [f"p{place}"], kernel_shape=[2, 2], strides=[2, 2]
-                ),
-            ]
-            x = f"p{place}"
-        nodes.append(helper.make_node("Flatten", [x], ["flat"]))
-        for place, given, made in ((13, "flat", "hidden"), (15, "active", "logits")):
-            names = [f"layers.{place}.weight", f"layers.{place}.bias"]
-            constants += [numpy_helper.from_array(weights[name], name) for name in names]
-            nodes.append(helper.make_node("Gemm", [given, *names], [made], transB=1))
-            if made == "hidden":
-                nodes.append(helper.make_node("Relu", ["hidden"], ["active"]))
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise ArtefactError(
-            f"{path}: no classifier of digits ({type(error).__name__}: {error}). Make it with: "
-            "make evaluate"
-        ) from None
-    side, kind = CLASSIFIER_SIDE, onnx.TensorProto.FLOAT
-    ends = [
-        helper.make_tensor_value_info("pixels", kind, ["batch", 1, side, side]),
-        helper.make_tensor_value_info("logits", kind, ["batch", 10]),
-    ]
-    graph = helper.make_graph(nodes, "classifier", ends[:1], ends[1:], constants)
-    opset = [helper.make_opsetid("", 20)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
-    return load_library().InferenceSession(model.SerializeToString())
-
-
-def digits_read(
-    manifest: Manifest, precision: str, size: Size, reader: Any, count: int, steps: int
-) -> float:
-    """Share of `count` digits, drawn at a latent size, that are read as their label."""
-    pipeline, side = Judged(manifest, precision), CLASSIFIER_SIDE
-    scale = side / min(size)
-    image = (round(size[0] * scale), round(size[1] * scale))
-    top, left = (image[0] - side) // 2, (image[1] - side) // 2
-    right = 0
-    for first in tqdm(range(0, count, DIGITS_AT_ONCE), desc=f"digits {precision} {name_of(size)}"):
-        labels = [i % 10 for i in range(first, min(first + DIGITS_AT_ONCE, count))]
-        made = pipeline.generate(
-            labels, size, image, steps, GUIDANCE, seed=1234, first_index=first
-        ).images[..., top : top + side, left : left + side]
-        read = reader.run(["logits"], {"pixels": np.ascontiguousarray(made)})[0].argmax(1)
-        right += int((read == labels).sum())
-    return right / count
-
-
-def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int) -> Any:
-    """Seconds of each guided step and the process's peak MiB; in a process of its own.
-
-    The peak has the first step's fp32 graph in it where the precision needs one. A text says why
-    where the engine does not run that precision.
-    """
-    try:
-        options = EngineOptions(provider, precision=precision, threads=threads)
-        pipeline = open_bundle(bundle, options)
-        request = Request([0], size, guidance_scale=GUIDANCE)
-        conditions, _ = request.branches(pipeline.model.condition.labels)
-        inputs, film = pipeline.step_inputs(conditions, size, 50)
-        first, engine = pipeline.step_engines(50)
-    except ToolkitError as error:
-        return str(error)
-    given = {"latent": pipeline.noise(request, size).draw(), "film": film[25], **inputs}
-    for own in (first, engine):
-        own.run(given)
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < SECONDS:
-        start = time.perf_counter()
-        engine.run(given)
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return seconds, peak / (1024 if sys.platform != "darwin" else 1 << 20)
-
-
-def speed(
-    bundle: Path, precisions: Sequence[str], sizes: Sequence[Size], threads: int
-) -> dict[str, dict[str, Any]]:
-    """engine -> size -> precision -> seconds per step, its ratio to the engines' best fp32, MiB.
-
-    In every round each contender runs in a process of its own, one after the other.
-    """
-    engines = engines_here()
-    spawn = multiprocessing.get_context("spawn")
-    turns = [(e, s, p) for s in sizes for e in engines for p in ("fp32", *precisions)]
-    seconds: dict[tuple[str, Size, str], list[float]] = {turn: [] for turn in turns}
-    found: dict[str, dict[str, Any]] = {e: {name_of(s): {} for s in sizes} for e in engines}
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for turn in tqdm(turns * ROUNDS, desc="speed", unit="run"):
-            engine, size, precision = turn
-            own = pool.submit(timed, bundle, precision, engine, size, threads).result()
-            place = found[engine][name_of(size)]
-            if isinstance(own, str):
-                place[precision] = {"refused": own}
-                continue
-            seconds[turn] += own[0]
-            median = statistics.median(seconds[turn])
-            place[precision] = {"seconds_per_step": round(median, 4), "peak_mib": round(own[1])}
-    for (engine, size, precision), times in seconds.items():
-        base = statistics.median(seconds["cpu", size, "fp32"])
-        if times:
-            place = found[engine][name_of(size)][precision]
-            place["times_fp32_on_cpu"] = round(base / statistics.median(times), 2)
-    return found
-
-
-def engines_here() -> list[str]:
-    """The providers that run on this machine's processor."""
-    there = [name for name in ("openvino",) if name in PROVIDERS]
-    return ["cpu", *(name for name in there if importlib.util.find_spec(name))]
 
 
 def files(manifest: Manifest, precision: str) -> dict[str, float]:
@@ -394,16 +249,15 @@ def as_text(report: dict[str, Any]) -> str:
     shares = ", ".join(f"{s} {share:.1%}" for s, share in report["fp32_digits"].items())
     parts = [f"quality against fp32 ({shares or 'no classifier: digits are not read'})"]
     parts.append(cli.table(rows))
-    rows = [["engine", "size", "precision", "s per step", "times fp32 on cpu", "peak"]]
+    rows = [
+        ["engine", "size", "precision", "s per step", "times fp32", "times fp32 on cpu", "peak MiB"]
+    ]
     for engine, sizes in report["speed"].items():
         for size, forms in sizes.items():
             for name, row in forms.items():
-                figures: list[object] = (
-                    [row["seconds_per_step"], row["times_fp32_on_cpu"], f"{row['peak_mib']} MiB"]
-                    if "refused" not in row
-                    else ["refused", "", ""]
-                )
-                rows.append([engine, size, name, *figures])
+                keys = ("seconds_per_step", "times_fp32", "times_fp32_on_cpu", "peak_mib")
+                figures = [row[key] for key in keys] if "refused" not in row else ["refused"]
+                rows.append([engine, size, name, *figures, *[""] * (len(keys) - len(figures))])
     parts += ["speed", cli.table(rows), "verdict"]
     for name, own in report["precisions"].items():
         share = f"files {own['files']['times_fp32']:.2f}× of fp32"
@@ -424,17 +278,19 @@ def report(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     measures = Measures(args.out / "measures.json", settings(manifest, precisions, args))
     sizes = {
-        name_of(s): measures.take(
-            f"quality {name_of(s)}", partial(quality, manifest, precisions, s, args.steps, args.out)
+        size_name(s): measures.take(
+            f"quality {size_name(s)}",
+            partial(quality, manifest, precisions, s, args.steps, args.out),
         )
         for s in args.sizes
     }
     small = [s for s in args.sizes if reader is not None and s[0] * s[1] <= MOST_DIGIT_TOKENS]
     digits: dict[str, dict[str, float]] = {p: {} for p in ("fp32", *precisions)}
     for p, s in itertools.product(digits, small):
-        read = partial(digits_read, manifest, p, s, reader, args.digits, args.steps)
-        digits[p][name_of(s)] = measures.take(f"digits {p} {name_of(s)}", read)
-    timings = partial(speed, manifest.folder, precisions, args.speed_sizes, args.threads)
+        count = (args.digits, args.steps, GUIDANCE)
+        read = partial(digits_read, Judged(manifest, p), s, reader, *count)
+        digits[p][size_name(s)] = measures.take(f"digits {p} {size_name(s)}", read)
+    timings = partial(speed, manifest.folder, precisions, args.sizes, args.threads)
     found: dict[str, Any] = {
         "bundle": manifest.sha256,
         "steps": args.steps,
@@ -470,27 +326,21 @@ def settings(
         "steps": args.steps,
         "digits": args.digits,
         "classifier": sha256(args.classifier.read_bytes()) if args.classifier else "",
-        "speed_sizes": [name_of(size) for size in args.speed_sizes],
+        "sizes": [size_name(size) for size in args.sizes],
         "threads": args.threads,
         "engines": engines_here(),
         "onnxruntime": load_library().__version__,
     }
 
 
-def size_list(text: str) -> list[Size]:
-    """Sizes separated by commas."""
-    return [cli.size(part) for part in text.split(",")]
-
-
 def main() -> None:
     """The command line."""
-    sizes = [(8, 8), (16, 16), (9, 16), (64, 64)]
+    sizes = [(8, 8), (16, 16), (9, 16), (64, 64), (128, 128)]
     p = cli.parser("calibration.report", __doc__)
     add = p.add_argument
     add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="its folder")
     add("--precision", type=lambda text: text.split(","), help="which ones (all the bundle has)")
-    add("--sizes", type=size_list, default=sizes, help="latent sizes (8x8,16x16,9x16,64x64)")
-    add("--speed-sizes", type=size_list, default=[(16, 16), (64, 64)], help="(16x16,64x64)")
+    add("--sizes", type=cli.sizes, default=sizes, help="latent sizes (8x8 to 128x128)")
     add("--steps", type=cli.number(1, 1000, int), default=50, help="DDIM steps (50)")
     add("--classifier", type=Path, help="classifier.safetensors of reference.evaluate")
     add("--digits", type=cli.number(10, 100_000, int), default=200, help="per size (200)")

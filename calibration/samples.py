@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime import schedule
+from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
@@ -220,7 +221,7 @@ def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Ite
     bar = tqdm(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
     with bar:
         for number, size in enumerate(settings.sizes):
-            bar.set_postfix_str(f"{size[0]}x{size[1]}")
+            bar.set_postfix_str(size_name(size))
             yield from through_r2ir(pipeline, pictures, size)
             bar.update()
             for turn, scale in enumerate(settings.guidance_scales):
@@ -326,7 +327,7 @@ def load(path: Path, manifest: Manifest) -> list[Sample]:
             if not np.isfinite(value).all():
                 raise ArtefactError(
                     f"{path}: NaN or infinity in {name} of {sample.graph} at "
-                    f"{sample.size[0]}x{sample.size[1]}; expected finite numbers. {again}"
+                    f"{size_name(sample.size)}; expected finite numbers. {again}"
                 )
     return samples
 
@@ -337,7 +338,7 @@ def coverage(samples: Sequence[Sample]) -> dict[str, Any]:
     times: dict[str, int] = {}
     scales: dict[str, int] = {}
     for sample in samples:
-        own, size = sizes[sample.graph], f"{sample.size[0]}x{sample.size[1]}"
+        own, size = sizes[sample.graph], size_name(sample.size)
         own[size] = own.get(size, 0) + 1
         if sample.t is not None:
             times[f"{sample.t:.3f}"] = times.get(f"{sample.t:.3f}", 0) + 1

@@ -38,6 +38,7 @@ from reference.classifier import (
 from reference.data import Images, fit, load_mnist
 from reference.train import canvas
 from runtime import cli, ddim, schedule
+from runtime.cli import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
 from runtime.files import atomic_write
@@ -74,15 +75,13 @@ def reconstruction(models: Models, test: Images, size: Size, limit: int) -> floa
     """MSE of images through latents of a size and back, at the latent's aspect ratio."""
     shape = canvas(size, IMAGE_SIDE)
     total = 0.0
-    for part in tqdm(batches(limit, (8, 8)), desc=f"reconstruction {name_of(size)}", unit="batch"):
+    for part in tqdm(
+        batches(limit, (8, 8)), desc=f"reconstruction {size_name(size)}", unit="batch"
+    ):
         images = fit(test.pixels[part], *shape, test.pad)
         found = models.r2ir.decode(models.r2ir.encode(images, size), shape)
         total += F.mse_loss(found, images).item() * len(images)
     return total / limit
-
-
-def name_of(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def t_scrape(models: Models, test: Images, size: Size, limit: int) -> dict[str, list[float]]:
@@ -94,7 +93,7 @@ def t_scrape(models: Models, test: Images, size: Size, limit: int) -> dict[str, 
     text = models.condition(torch.stack([torch.zeros_like(one_hot), one_hot]))
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: dict[str, list[float]] = {"t": times, "null": [], "label": []}
-    for t in tqdm(times, desc=f"t-scrape {name_of(size)}", unit="t"):
+    for t in tqdm(times, desc=f"t-scrape {size_name(size)}", unit="t"):
         a = float(schedule.alpha_bar(np.array(t)))
         eps = torch.randn(latent.shape, generator=generator)
         noisy = a**0.5 * latent + (1 - a) ** 0.5 * eps
@@ -179,9 +178,9 @@ def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Pipeline | 
 def digits_read(models: Models, classifier: Classifier, size: Size, args: Any) -> float:
     """Share of `args.digits` generated digits at a latent size that are read as their label."""
     labels = torch.arange(args.digits) % 10
-    images, _ = generated(models, labels, size, args, f"digits {name_of(size)}")
+    images, _ = generated(models, labels, size, args, f"digits {size_name(size)}")
     share = (read(classifier, images) == labels).float().mean().item()
-    tqdm.write(f"  {name_of(size)}: {share:.1%} read right")
+    tqdm.write(f"  {size_name(size)}: {share:.1%} read right")
     return share
 
 
@@ -211,9 +210,9 @@ def same_picture(
     labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
     drawn = {
         name: generated(models, labels, size, args, f"{kind} {name}", kind)[0]
-        for name, size in ((name_of(size), size) for size in NOISE_SIZES)
+        for name, size in ((size_name(size), size) for size in NOISE_SIZES)
     }
-    first = drawn[name_of(NOISE_SIZES[0])]
+    first = drawn[size_name(NOISE_SIZES[0])]
     return {name: judged(classifier, images, labels, first) for name, images in drawn.items()}
 
 
@@ -269,7 +268,7 @@ def draw_scrapes(scrapes: dict[str, dict[str, list[float]]], path: Path) -> None
 def draw_sheets(models: Models, test: Images, args: argparse.Namespace) -> None:
     """Digits at each size, reconstructions under their originals, and latent channels."""
     for size in SHEET_SIZES:
-        name = name_of(size)
+        name = size_name(size)
         images, latents = generated(models, torch.arange(10), size, args, f"sheet {name}")
         sheet = contact_sheet(to_uint8(images.numpy()), 10)
         save_png(args.out / f"digits-{name}.png", sheet, {"size": name})
@@ -329,10 +328,10 @@ def evaluate(args: argparse.Namespace) -> None:
     report = Report(args.out / "report.json", settings)
     for size in RECONSTRUCTION_SIZES:
         error = partial(reconstruction, models, test, size, limit)
-        report.take("reconstruction_mse", name_of(size), error)
+        report.take("reconstruction_mse", size_name(size), error)
     for size in SCRAPE_SIZES:
         scrape = partial(t_scrape, models, test, size, min(limit, 500))
-        report.take("eps_mse_over_t", name_of(size), scrape)
+        report.take("eps_mse_over_t", size_name(size), scrape)
     draw_scrapes(report.found["eps_mse_over_t"], args.out / "eps-over-t.png")
     draw_sheets(models, test, args)
     with torch.inference_mode(False), torch.enable_grad():
@@ -341,11 +340,11 @@ def evaluate(args: argparse.Namespace) -> None:
     report.take("classifier_accuracy", "test_images", partial(accuracy, classifier, test))
     for size in GENERATION_SIZES:
         share = partial(digits_read, models, classifier, size, args)
-        report.take("digits_read_right", name_of(size), share)
+        report.take("digits_read_right", size_name(size), share)
     for kind in KINDS:
         report.take("same_picture", kind, partial(same_picture, models, classifier, kind, args))
     if args.graphs:
-        names = " then ".join(map(name_of, CONTINUED))
+        names = " then ".join(map(size_name, CONTINUED))
         report.take("continued", names, partial(continued, classifier, args))
     print_report(report.found)
     print(f"report and pictures: {args.out}")
@@ -364,7 +363,7 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for size, share in report["digits_read_right"].items():
         print(f"  {size:>6}  {share:.1%}")
-    print(f"likeness to the digits of the same seeds at {name_of(NOISE_SIZES[0])}")
+    print(f"likeness to the digits of the same seeds at {size_name(NOISE_SIZES[0])}")
     for kind, sizes in report["same_picture"].items():
         for size, found in sizes.items():
             print(f"  {size:>6}  {kind:11}  {likeness(found)}")

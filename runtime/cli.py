@@ -152,6 +152,16 @@ def size(text: str) -> tuple[int, int]:
     return sides
 
 
+def sizes(text: str) -> list[tuple[int, int]]:
+    """Sizes separated by commas."""
+    return [size(part) for part in text.split(",")]
+
+
+def size_name(height_width: tuple[int, int]) -> str:
+    """A size as `size` reads it."""
+    return f"{height_width[0]}x{height_width[1]}"
+
+
 def memory(text: str) -> int:
     """Bytes, given as megabytes or gigabytes."""
     match = MEMORY.fullmatch(text)

@@ -12,9 +12,10 @@ import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from calibration import __main__ as calibrate
-from calibration import quantize
+from calibration import choices
+from calibration.choices import Probe, choose
 from calibration.half import half_tensors, moving_axes
-from calibration.quantize import FORMS, Layer, Probe, choose, layers, quantized, token_ranges
+from calibration.quantize import FORMS, Layer, layers, quantized, token_ranges
 from calibration.samples import HEAVY, Sample, Samples, Settings, calibration_set, load
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
@@ -64,7 +65,7 @@ def test_every_form_is_there_and_checked_at_every_size(manifest: Manifest) -> No
 def test_only_products_of_tokens_and_weights_are_quantised(manifest: Manifest, name: str) -> None:
     spec, model = manifest.graphs[name], model_of(manifest, name)
     half = half_tensors(model.graph, moving_axes(model, spec))
-    chosen = quantize.read_choices(manifest.folder / "choice.int8.json", manifest).graphs[name]
+    chosen = choices.read_choices(manifest.folder / "choice.int8.json", manifest).graphs[name]
     made = model_of(manifest, name, "int8")
     values, own = constants(made), layers(model, spec)
     outputs = {output: node for node in made.graph.node for output in node.output}
@@ -260,10 +261,10 @@ def test_nan_is_refused(manifest: Manifest, tmp_path: Path) -> None:
         if tensor.name == name:
             values = np.full_like(numpy_helper.to_array(tensor), np.nan)
             tensor.CopyFrom(numpy_helper.from_array(values, name))
-    choice = quantize.Choice((), (), {}, 0.0, 0.0)
-    work = quantize.Work(spec, broken, choice)
+    choice = choices.Choice((), (), {}, 0.0, 0.0)
+    work = choices.Work(spec, broken, choice)
     with pytest.raises(ArtefactError, match=r"NaN or infinity\. Nothing is written"):
-        quantize.write_variant(work, "r2ir_encode", "int8", tmp_path, Samples(manifest))
+        choices.write_variant(work, "r2ir_encode", "int8", tmp_path, Samples(manifest))
     assert Probe(spec, model, samples_of(manifest, "r2ir_encode")).error(broken) == np.inf
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration import report
+from calibration import digits, report
 from calibration.samples import HEAVY
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError
@@ -19,7 +19,7 @@ from tests.conftest import Command
 def test_the_command(
     quantized_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("--precision", "int8,fp8", "--sizes", "4x4,3x5", "--speed-sizes", "4x4")
+    asked = ("--precision", "int8,fp8", "--sizes", "4x4,3x5")
     done = command("calibration.report", quantized_bundle, *asked, "--steps", 3, "--out", "out")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out" / "report.json").read_bytes())
@@ -84,12 +84,12 @@ def test_the_classifier_is_the_reference_s(tmp_path: Path) -> None:
     model.eval()
     save_file(model.state_dict(), tmp_path / "classifier.safetensors")
     x = torch.randn(3, 1, 32, 32)
-    session = report.classifier(tmp_path / "classifier.safetensors")
+    session = digits.classifier(tmp_path / "classifier.safetensors")
     found = session.run(["logits"], {"pixels": x.numpy()})[0]
     np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-3, atol=1e-4)
     (tmp_path / "classifier.safetensors").write_bytes(b"none")
     with pytest.raises(ArtefactError, match="no classifier of digits"):
-        report.classifier(tmp_path / "classifier.safetensors")
+        digits.classifier(tmp_path / "classifier.safetensors")
 
 
 def test_a_bundle_in_fp32_alone_has_nothing_to_report(tiny_bundle: Path, command: Command) -> None:

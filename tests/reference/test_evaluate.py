@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from reference.classifier import middle
-from reference.evaluate import GENERATION_SIZES, NOISE_SIZES, name_of
+from reference.evaluate import GENERATION_SIZES, NOISE_SIZES
+from runtime.cli import size_name
 from runtime.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST
@@ -30,10 +31,10 @@ def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: C
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["classifier_accuracy"]["test_images"] > 0.98
-    assert report["digits_read_right"].keys() == {name_of(size) for size in GENERATION_SIZES}
+    assert report["digits_read_right"].keys() == {size_name(size) for size in GENERATION_SIZES}
     assert all(share < 0.5 for share in report["digits_read_right"].values())
     assert all(error > 0.05 for error in report["reconstruction_mse"].values())
-    same, names = report["same_picture"], [name_of(size) for size in NOISE_SIZES]
+    same, names = report["same_picture"], [size_name(size) for size in NOISE_SIZES]
     assert same.keys() == set(KINDS) and all(list(found) == names for found in same.values())
     assert all(found["8x8"]["psnr"] > 100 > found["16x16"]["psnr"] for found in same.values())
     assert same["coherent"]["16x16"]["psnr"] != same["independent"]["16x16"]["psnr"]
