@@ -39,7 +39,7 @@ FEWEST_STEPS = 3
 class Contender:
     """`engine` runs `graph`; torch runs the published layout's module itself.
 
-    A `peer` is what a user could pick instead of this toolkit; it heads a column of ratios.
+    A `peer` heads a column of ratios: what a user could pick instead, or our own fp32.
     """
 
     name: str
@@ -56,9 +56,11 @@ CONTENDERS = (
     Contender("plain, ORT", "cpu", "published", peer=True),
     Contender("plain, OpenVINO", "openvino", "published", peer=True),
     Contender("ours, ORT", "cpu", "r2id"),
-    Contender("ours, ORT, chunks", "cpu", "r2id.cpu"),
+    Contender("ours, ORT, chunks", "cpu", "r2id.cpu", peer=True),
     Contender("ours, OpenVINO", "openvino", "r2id"),
     Contender("ours, OpenVINO bf16", "openvino", "r2id", "bf16"),
+    Contender("ours, ORT int8", "cpu", "r2id.int8"),
+    Contender("ours, OpenVINO int8", "openvino", "r2id.int8"),
 )
 # The same two products of an FFN on both libraries: what the machine gives, and what torch gets.
 GEMMS = (
@@ -102,7 +104,6 @@ def build(config: str) -> "Models":
 
 def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
     """Write every graph and the inputs at every size; count the work."""
-    import onnx
     import torch
 
     from benchmarks.published import PublishedR2ID
@@ -122,11 +123,9 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
         "gemm": (gemm_graph(models), *gemm_interface(models)),
     }
     specs = {}
-    for name, (model, inputs, outputs) in graphs.items():
-        onnx.save_model(model, folder / f"{name}.onnx")
-        digest = sha256((folder / f"{name}.onnx").read_bytes())
-        specs[name] = GraphSpec(f"{name}.onnx", digest, "fp32", inputs, outputs, {})
-    flops: dict[str, dict[Size, int]] = {"published": {}, "r2id": {}, "r2id.cpu": {}, "gemm": {}}
+    for name, (model, *sides) in graphs.items():
+        specs[name] = write_graph(folder, name, model, *sides)
+    flops: dict[str, dict[Size, int]] = {name: {} for name in (*graphs, "r2id.int8")}
     modules = {"published": published, "r2id": source.module}
     with torch.inference_mode():
         for size in sizes:
@@ -135,9 +134,36 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
                 arrays = {key: tensor.numpy() for key, tensor in feed.items()}
                 np.savez(folder / f"{name}-{size_name(size)}.npz", **arrays)
                 flops[name][size] = count_flops(modules[name], feed)
-            flops["r2id.cpu"][size] = flops["r2id"][size]
+            flops["r2id.cpu"][size] = flops["r2id.int8"][size] = flops["r2id"][size]
             flops["gemm"][size] = 2 * 2 * GEMM_ROWS * width(models) * 4 * width(models)
-    return Prepared(folder, config, specs, flops)
+    prepared = Prepared(folder, config, specs, flops)
+    int8 = in_int8(ours, specs["r2id"], sizes[0], prepared.inputs("r2id", sizes[0]))
+    specs["r2id.int8"] = write_graph(folder, "r2id.int8", int8, source.inputs, source.outputs)
+    return prepared
+
+
+def write_graph(
+    folder: Path,
+    name: str,
+    model: Any,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+) -> GraphSpec:
+    """A graph's file in `folder`, and its spec."""
+    data = model.SerializeToString()
+    (folder / f"{name}.onnx").write_bytes(data)
+    return GraphSpec(f"{name}.onnx", sha256(data), "fp32", inputs, outputs, {})
+
+
+def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -> Any:
+    """The step graph with every layer in int8 that may be: a bundle's choice leaves a few out."""
+    from calibration.quantize import FORMS, layers, quantized, token_ranges
+    from calibration.samples import Sample
+
+    own = [*layers(model, spec).values()]
+    tokens = [*dict.fromkeys(layer.tokens for layer in own if layer.tokens)]
+    ranges = token_ranges(model, tokens, [Sample("r2id", size, inputs)], percentile=100)
+    return quantized(model, own, FORMS["int8"], ranges)
 
 
 def width(models: "Models") -> int:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,23 +58,24 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 def export_published(folder: Path) -> None:
     """R2IR's graphs at the published width, with random weights, as a bundle."""
+    from benchmarks.contenders import write_graph
+    from export.chunk import chunk_ffn
     from export.to_onnx import onnx_from_source, sources
-    from runtime.files import sha256
 
     models = published()
-    graphs = {}
-    for source in sources(models):
-        if not source.name.startswith("r2ir"):
-            continue
-        path = folder / f"{source.name}.onnx"
-        path.write_bytes(onnx_from_source(source).SerializeToString())
+    graphs: dict[str, GraphSpec] = {}
+    for_cpu: dict[str, GraphSpec] = {}
+    for source in (source for source in sources(models) if source.name.startswith("r2ir")):
+        plain = onnx_from_source(source)
         axes = {axis for t in source.inputs for axis in t.axes if isinstance(axis, str)}
-        ranges = dict.fromkeys(axes, (1, 65536))
-        digest = sha256(path.read_bytes())
-        graphs[source.name] = GraphSpec(
-            path.name, digest, "fp32", source.inputs, source.outputs, ranges
-        )
-    Manifest(models.config, (), {}, {}, {}, {}, graphs).write(folder)
+        for forms, name, model in (
+            (graphs, source.name, plain),
+            (for_cpu, f"{source.name}.cpu", chunk_ffn(plain)),
+        ):
+            if model is not None:
+                spec = write_graph(folder, name, model, source.inputs, source.outputs)
+                forms[source.name] = replace(spec, ranges=dict.fromkeys(axes, (1, 65536)))
+    Manifest(models.config, (), {}, {}, {}, {}, graphs, for_cpu=for_cpu).write(folder)
 
 
 def published() -> Any:
