@@ -41,6 +41,18 @@ def own_bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle in both halves, checked at every size, made where a killed command was."""
+    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("half") / "tiny"))
+    (folder / f"{TEMPORARY_PREFIX}killed").mkdir()
+    line = [sys.executable, "-m", "calibration.half", str(folder), "--precision", "bf16,fp16"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "fp16: 6 graphs" in done.stdout and "bf16: 6 graphs" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
 def quantized_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle in every 8-bit form, made where a killed command had left its scratch."""
     folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("quantized") / "tiny"))

@@ -1,9 +1,6 @@
 """fp16 and bf16 graphs: what is half, what is not, that it is checked, and that it holds."""
 
 import argparse
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,26 +17,14 @@ from runtime.errors import ArtefactError
 from runtime.files import LOCK_NAME, TEMPORARY_PREFIX
 from runtime.images import read_metadata
 from runtime.manifest import GraphSpec, Manifest, read_manifest
-from tests.conftest import ROOT, Command
+from tests.conftest import Command
 
 HALF_TYPES = set(half.HALVES.values())
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle with both halves, made by the command and checked at every size."""
-    folder = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("half") / "tiny"))
-    (folder / f"{TEMPORARY_PREFIX}killed").mkdir()
-    line = [sys.executable, "-m", "calibration.half", str(folder), "--precision", "bf16,fp16"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "fp16: 6 graphs" in done.stdout and "bf16: 6 graphs" in done.stdout
-    return folder
-
-
 @pytest.fixture
-def manifest(bundle: Path) -> Manifest:
-    return read_manifest(bundle)
+def manifest(half_bundle: Path) -> Manifest:
+    return read_manifest(half_bundle)
 
 
 def load(manifest: Manifest, graph: str, precision: str = "fp32") -> ModelProto:
@@ -282,10 +267,10 @@ def test_a_rerun_replaces_and_may_be_killed(
     assert [*whole(own_bundle).variants] == ["fp16"]
 
 
-def test_drawing_in_fp16(bundle: Path, tmp_path: Path, command: Command) -> None:
+def test_drawing_in_fp16(half_bundle: Path, tmp_path: Path, command: Command) -> None:
     # One step: the latent of random weights grows with every step and then leaves fp16.
     asked = ("--label", 3, "--steps", 1, "--latent", "3x5", "--precision", "fp16")
-    draw = ("runtime.generate", "--engine", bundle)
+    draw = ("runtime.generate", "--engine", half_bundle)
     assert command(*draw, *asked, "--out", "a.png").returncode == 0
     assert read_metadata(tmp_path / "a.png")["precision"] == "fp16"
     assert command(*draw, "--from-png", "a.png", "--out", "b.png").returncode == 0
@@ -295,8 +280,8 @@ def test_drawing_in_fp16(bundle: Path, tmp_path: Path, command: Command) -> None
     assert read_metadata(tmp_path / "c.png")["precision"] == "fp32"
 
 
-def test_bf16_needs_another_provider_than_the_cpu(bundle: Path, command: Command) -> None:
-    done = command("runtime.generate", "--engine", bundle, "--precision", "bf16")
+def test_bf16_needs_another_provider_than_the_cpu(half_bundle: Path, command: Command) -> None:
+    done = command("runtime.generate", "--engine", half_bundle, "--precision", "bf16")
     assert done.returncode == 4
     assert "cannot run bf16" in done.stderr and "--precision fp32" in done.stderr
 

@@ -62,11 +62,12 @@ def test_every_graph_has_a_plan_that_says_what_it_is(built: Path) -> None:
     assert not [path for path in built.iterdir() if path.name.startswith(".partial-")]
 
 
-@pytest.mark.parametrize("precision", ["int8w", "fp8", "int8"])
-def test_8_bit_graphs_have_plans(
-    quantized_bundle: Path, tmp_path: Path, command: Command, precision: str
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8w", "fp8", "int8"])
+def test_graphs_of_lower_precision_have_plans(
+    request: pytest.FixtureRequest, tmp_path: Path, command: Command, precision: str
 ) -> None:
-    bundle = Path(shutil.copytree(quantized_bundle, tmp_path / "bundle"))
+    made = "half_bundle" if precision in ("fp16", "bf16") else "quantized_bundle"
+    bundle = Path(shutil.copytree(request.getfixturevalue(made), tmp_path / "bundle"))
     asked = ("export.to_plan", bundle, "--precision", precision, *SMALL[:-1], "1")
     done = command(*asked, *TARGETS, "--graphs", "r2id,r2ir_encode")
     assert done.returncode == 0, done.stderr
