@@ -278,9 +278,8 @@ def measure(
     prepared: Prepared, contender: Contender, size: Size, threads: int, seconds: float
 ) -> Measured:
     """Time a contender's steps for `seconds`, two at least; for a process of its own."""
-    feed = gemm_input(prepared) if contender.graph == "gemm" else prepared.inputs("r2id", size)
-    if contender.graph == "published":
-        feed = prepared.inputs("published", size)
+    given = contender.graph
+    feed = gemm_input(prepared) if given == "gemm" else prepared.inputs(given, size)
     open_step = open_torch if contender.engine.startswith("torch") else open_engine
     step, before = open_step(prepared, contender, feed, threads)
     for _ in range(2):
