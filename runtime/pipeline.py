@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -260,11 +261,11 @@ class Pipeline:
             self.check_size("r2id_position", size)
         self.check_size("r2id_film", request.latent, steps=request.steps + 1)
         self.check_size("r2id_condition", request.latent, conditions=len(unique))
-        self.check_size("r2ir_latent_summary", request.largest, batch=images)
-        self.check_size("r2ir_decode", self.drawn_size(request), batch=1)  # one after the other
+        self.check_size("r2ir_latent_summary", request.largest, batch=1)  # one after the other
+        self.check_size("r2ir_decode", self.drawn_size(request), batch=1)
         if request.continue_at is not None:  # what `enlarge` decodes and encodes
             between = self.image_size(request.continue_at)
-            self.check_size("r2ir_latent_summary", request.latent, batch=images)
+            self.check_size("r2ir_latent_summary", request.latent, batch=1)
             self.check_size("r2ir_decode", between, batch=1)
             self.check_size("r2ir_image_summary", between, batch=images)
             self.check_size("r2ir_encode", request.continue_at, batch=images)
@@ -382,13 +383,16 @@ class Pipeline:
         return engine.run({"coordinates": grid(*size), **sums})["latent"]
 
     def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
-        """What a decode needs of latents float32 `[B, C, H, W]`, to draw any size and crop from."""
-        height, width = latent.shape[2:]
-        self.check_size("r2ir_latent_summary", (height, width), batch=len(latent))
-        sums = self.resampler().summarise(
-            "r2ir_latent_summary", "latent", windows_of(latent), (height, width), len(latent)
-        )
-        return DecodeState(sums["kv"], sums["k"], self.render_sha256, metadata or {})
+        """What a decode needs of latents float32 `[B, C, H, W]`, to draw any size and crop from.
+
+        One latent after the other, so that B has no limit and changes nothing.
+        """
+        size = (latent.shape[2], latent.shape[3])
+        self.check_size("r2ir_latent_summary", size, batch=1)
+        summarise = partial(self.resampler().summarise, "r2ir_latent_summary", "latent", size=size)
+        sums = [summarise(read=windows_of(own)) for own in np.split(latent, len(latent))]
+        kv, k = (np.concatenate([own[name] for own in sums]) for name in ("kv", "k"))
+        return DecodeState(kv, k, self.render_sha256, metadata or {})
 
     @property
     def render_sha256(self) -> str:
