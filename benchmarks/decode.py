@@ -7,6 +7,7 @@ python -m benchmarks.decode [--parts speed,large,sample,memory]
   system counts it. PyTorch takes a minute and 11 GB there.
 - large: the shipped model draws a PNG of 4096x4096.
 - sample: how far the sampled ratios leave the shipped model's images from the untiled ones.
+- exact: how far --exact and the untiled graph are from the same decode in float64, in PyTorch.
 - memory: float32 arrays of the model's width that each graph holds per pixel, which is what
   ARRAYS_PER_PIXEL of runtime/tiles.py was set by.
 """
@@ -34,12 +35,12 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 
 Size = tuple[int, int]
-PARTS = ("speed", "large", "sample", "memory")
 PEAK = 2.0  # pixels live in [-1, 1]
 LABELS = [3, 7]  # of the shipped model's latents
 SAMPLES = (64, 128, 256)
 GRAPH_PIXELS = 16384
 RUNS = 3
+TILE_ROWS = 32
 
 
 def alone(work: Callable[[], Any]) -> tuple[Any, float, int]:
@@ -190,8 +191,55 @@ def sample(args: argparse.Namespace) -> None:
                         f"  {side}x{side} {count:3}² {kind:14} {errors(drawn['pixels'], wanted)}",
                         flush=True,
                     )
-            exact = pipeline.decode(latent, (side, side), exact=True)
-            print(f"  {side}x{side} --exact             {errors(exact, wanted)}")
+
+
+def exact(args: argparse.Namespace) -> None:
+    """Errors of exact tiles and of the untiled graph, both in float32, against float64."""
+    pipeline = open_bundle(args.bundle, EngineOptions(threads=args.threads))
+    made = pipeline.generate(LABELS[:1], steps=20, image=(8, 8))
+    sums = pipeline.state(made.latents).sums(0)
+    print("\nshipped model against float64")
+    for side in (512, 1024):
+        rows, wanted = in_float64(args.checkpoint, sums, side)
+        inputs = {"coordinates": grid(side, side), **sums}
+        found = {
+            "--exact": pipeline.decode(made.latents, (side, side), exact=True),
+            "untiled": pipeline.engine("r2ir_decode").run(inputs)["pixels"],
+        }
+        for name, pixels in found.items():
+            print(f"  {side}x{side} {name} {errors(pixels[:, :, rows], wanted)}", flush=True)
+
+
+def in_float64(
+    checkpoint: Path | None, sums: dict[str, np.ndarray], side: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows of an image, and their pixels `[1, c, rows, side]` with all ratios in float64.
+
+    Features are of float32 coordinates: the last bit of a coordinate shows at the top frequency.
+    """
+    import torch
+
+    from export import graphs
+    from reference.checkpoint import SHIPPED, load
+
+    models = load(checkpoint or SHIPPED).models.double()
+    ratios = graphs.Response(models, "image").double()
+    render = graphs.Render(models, "image").double()
+    models.r2ir.position.register_forward_hook(lambda module, given, made: made.double())
+    kv, k = (torch.from_numpy(sums[name]).double() for name in ("kv", "k"))
+    response = torch.ones(1, k.shape[1], 2, k.shape[2]).double()
+    place, tops = Grid(side, side), range(0, side, TILE_ROWS)
+
+    def at(top: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(place.window(top, 0, count, side)).double()
+
+    with torch.inference_mode():
+        for site in range(2 * k.shape[1]):
+            squares = sum(ratios(at(top, TILE_ROWS), kv, k, response)[site] for top in tops)
+            root = (squares / len(tops)).sqrt()
+            response[:, site // 2, site % 2] = root / (root.mean() + tiles.GRN_EPSILON)
+        drawn = [render(at(top, 1), kv, k, response) for top in tops]
+    return np.array(tops), torch.cat(drawn, 2).numpy()
 
 
 cells = tiles.sample_places
@@ -243,6 +291,9 @@ def graph_inputs(pipeline: Pipeline, graph: str) -> dict[str, np.ndarray]:
     return inputs | {"coordinates": grid(side, side)}
 
 
+PARTS = {"speed": speed, "large": large, "sample": sample, "exact": exact, "memory": memory}
+
+
 def parts(names: str) -> list[str]:
     """Parts separated by commas."""
     found = names.split(",")
@@ -254,7 +305,7 @@ def parts(names: str) -> list[str]:
 def run(args: argparse.Namespace) -> None:
     """Every part that was asked for."""
     for part in args.parts:
-        {"speed": speed, "large": large, "sample": sample, "memory": memory}[part](args)
+        PARTS[part](args)
 
 
 def main() -> None:
@@ -265,6 +316,7 @@ def main() -> None:
     p.add_argument("--size", type=cli.size, default=(1024, 1024))
     p.add_argument("--large", type=cli.size, default=(4096, 4096))
     p.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, help="of the shipped model")
+    p.add_argument("--checkpoint", type=Path, help="what the bundle was made of (the shipped one)")
     p.add_argument("--threads", type=cli.number(1, 256, int), default=2)
     p.add_argument("--exact", action="store_true", help="time exact tiles, too")
     p.add_argument("--memory", type=cli.memory, default="500MB", help="limit of our process")

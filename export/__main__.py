@@ -19,7 +19,6 @@ from runtime.files import sha256, staging
 from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
 from runtime.schedule import FLOOR, OFFSET
 
-SHIPPED = Path(__file__).parents[1] / "reference" / "weights" / "mnist.safetensors"
 LARGEST = {"batch": 4096, "conditions": 64, "height": 65536, "width": 65536, "steps": 10_001}
 
 
@@ -94,8 +93,9 @@ def worst(manifest: Manifest) -> str:
 def main() -> None:
     """The command line."""
     parser = cli.parser("export", __doc__)
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a .safetensors file")
-    parser.add_argument("--out", type=Path, default=DEFAULT_BUNDLE, help="folder of the bundle")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=checkpoint.SHIPPED, help="a .safetensors file")
+    add("--out", type=Path, default=DEFAULT_BUNDLE, help="folder of the bundle")
     cli.run(export, parser)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference import checkpoint
-from reference.checkpoint import Models
+from reference.checkpoint import SHIPPED, Models
 from reference.classifier import (
     IMAGE_SIDE,
     SEED,
@@ -46,7 +46,6 @@ from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.noise import COHERENT, KINDS, NoiseStreams
 from runtime.pipeline import Pipeline, open_bundle
 
-SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 RECONSTRUCTION_SIZES = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16), (6, 9), (16, 9))
 GENERATION_SIZES = (
     *((8, 8), (4, 4), (6, 6), (12, 12), (16, 16)),
