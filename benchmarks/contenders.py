@@ -19,6 +19,7 @@ from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.files import sha256
 from runtime.manifest import Array, GraphSpec, TensorSpec
+from runtime.memory import peak_resident, resident
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,8 +163,8 @@ def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -
 
     own = [*layers(model, spec).values()]
     tokens = [*dict.fromkeys(layer.tokens for layer in own if layer.tokens)]
-    ranges = token_ranges(model, tokens, [Sample("r2id", size, inputs)], percentile=100)
-    return quantized(model, own, FORMS["int8"], ranges)
+    ranges = token_ranges(model, tokens, [Sample("r2id", size, inputs)], [100])
+    return quantized(model, own, FORMS["int8"], ranges[100])
 
 
 def width(models: "Models") -> int:
@@ -289,7 +290,7 @@ def measure(
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    peak = resident("VmHWM")
+    peak = peak_resident()
     return Measured(times, eps.copy(), peak, peak - before)
 
 
@@ -310,13 +311,13 @@ def open_engine(
         from runtime.engines.openvino import OpenVinoEngine, load_core
 
         load_core()
-        before = resident("VmRSS")
+        before = resident()
         compiled = OpenVinoEngine("r2id", spec, model, options)
         return lambda: compiled.run(feed)[name], before
     from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 
     load_library()
-    before = resident("VmRSS")
+    before = resident()
     session = OnnxRuntimeEngine(spec, model, options)
     return lambda: session.run(feed)[name], before
 
@@ -333,7 +334,7 @@ def open_torch(
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    before = resident("VmRSS")
+    before = resident()
     models = build(prepared.config)
     module: Callable[..., Tensor] = PublishedR2ID(models)
     if contender.graph == "gemm":
@@ -344,11 +345,3 @@ def open_torch(
         module = torch.compile(module)
     inputs = [torch.from_numpy(array) for array in feed.values()]
     return lambda: module(*inputs).numpy(), before
-
-
-def resident(key: str) -> int:
-    """Bytes of this process's memory: VmRSS now, VmHWM at its peak; see proc_pid_status(5)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {key}")

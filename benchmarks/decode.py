@@ -14,7 +14,6 @@ python -m benchmarks.decode [--parts speed,large,sample,memory]
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from runtime.coordinates import Grid, grid
 from runtime.engines import EngineOptions
 from runtime.images import save_rows, to_uint8
 from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
+from runtime.memory import peak_resident, resident
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 
@@ -54,7 +54,7 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
     start = time.perf_counter()
     result = work()
     seconds = time.perf_counter() - start
-    return result, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result, seconds, peak_resident()
 
 
 def export_published(folder: Path) -> None:
@@ -274,11 +274,11 @@ def arrays_per_pixel(bundle: Path, graph: str, threads: int) -> float:
     pipeline = open_bundle(bundle, EngineOptions(threads=threads))
     engine = pipeline.engine(graph)
     inputs = graph_inputs(pipeline, graph)
-    before = tiles.resident()
+    before = resident()
     outputs = [f"squares_{2 * pipeline.model.r2ir.decoder_blocks - 1}"]
     for _ in range(RUNS):
         engine.run(inputs, outputs if graph == "r2ir_response" else None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     return (peak - before) / GRAPH_PIXELS / 4 / pipeline.model.r2ir.width
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from calibration.choices import (
     BUDGETS,
+    PERCENTILES,
     Choices,
     choice_file,
     quantize_graph,
@@ -78,7 +79,7 @@ def make_variant(
 ) -> tuple[dict[str, GraphSpec], Choices]:
     """Every heavy graph in one precision in `folder`, checked; the choice that it was made by."""
     step, r2ir = (args.budget, args.budget) if args.budget else BUDGETS[precision]
-    percentile = given.percentile if given else args.percentile
+    percentiles = [args.percentile] if args.percentile else PERCENTILES
     replay = (args.choice, given) if given else None
     fp32 = Samples(manifest)
     specs, choices = {}, {}
@@ -86,10 +87,10 @@ def make_variant(
         for name in bar:
             bar.set_postfix_str(name)
             budget = step if name == "r2id" else r2ir
-            work = quantize_graph(manifest, name, precision, samples, budget, percentile, replay)
+            work = quantize_graph(manifest, name, precision, samples, budget, percentiles, replay)
             specs[name] = write_variant(work, name, precision, folder, fp32)
             choices[name] = work.choice
-    made = Choices(fingerprint(manifest), precision, percentile, choices)
+    made = Choices(fingerprint(manifest), precision, choices)
     return specs, made
 
 
@@ -143,7 +144,7 @@ def main() -> None:
     add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="its folder")
     add("--precision", type=precisions, default=[*FORMS], help="which ones (int8,int8w,fp8)")
     add("--budget", type=cli.number(1e-6, 10), help="largest error of a graph's output (by form)")
-    add("--percentile", type=cli.number(90, 100), default=100.0, help="of tokens; 100 is MinMax")
+    add("--percentile", type=cli.number(90, 100), help="of tokens; 100 is MinMax (the best of 5)")
     add("--choice", type=Path, help="a choice file to replay instead of measuring layers")
     add("--samples", type=Path, help="calibration data to use instead of drawing them")
     add("--data", type=Path, help="MNIST's IDX files, whose pictures go through R2IR")

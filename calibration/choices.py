@@ -24,11 +24,13 @@ from runtime.errors import ArtefactError
 from runtime.files import atomic_write, read_bytes, sha256
 from runtime.manifest import GraphSpec, Manifest, relative_error
 
-CHOICE_FORMAT = 1
+CHOICE_FORMAT = 2
+# Of the tokens' magnitudes, tried for each graph; 100 is MinMax.
+PERCENTILES = (100.0, 99.99, 99.9, 99.5, 99.0)
 PROBES = 6  # samples of a graph that errors are measured with
 # Largest `rms_error` against fp32 over the probes: of the step graph, which corrects itself from
 # step to step, and of R2IR's, whose errors are in the picture as they are.
-BUDGETS = {"int8": (0.05, 0.009), "int8w": (0.03, 0.009), "fp8": (0.05, 0.02)}
+BUDGETS = {"int8": (0.03, 0.015), "int8w": (0.03, 0.009), "fp8": (0.05, 0.02)}
 
 
 class Probe:
@@ -66,7 +68,7 @@ def rms_error(found: Arrays, wanted: Arrays) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """Of one graph: layers in 8 bits and left in fp32, the errors that led there.
+    """Of one graph: layers in 8 bits and left in fp32, the tokens' percentile, the errors.
 
     `alone` is the error of the graph when that layer alone is quantised, `error` that of the whole.
     """
@@ -76,20 +78,25 @@ class Choice:
     alone: dict[str, float]
     error: float
     budget: float
+    percentile: float
 
 
 def choose(
     model: ModelProto,
     own: Mapping[str, Layer],
     form: Form,
-    ranges: Mapping[str, float],
+    found: Mapping[float, Mapping[str, float]],
     probe: Probe,
     budget: float,
 ) -> Choice:
     """Quantise all layers but the most sensitive ones, of which as few as keep the budget.
 
-    Raises ArtefactError where the budget holds for no layer at all.
+    Of the percentiles `found`, that is taken with which all layers together err least. Raises
+    ArtefactError where the budget holds for no layer at all.
     """
+    errors = {p: probe.error(quantized(model, [*own.values()], form, r)) for p, r in found.items()}
+    percentile = min(errors, key=lambda p: errors[p])
+    ranges = found[percentile]
     bar = tqdm(own.values(), desc=f"layers of {probe.spec.file}", unit="layer", leave=False)
     alone = {
         layer.weight: float(f"{probe.error(quantized(model, [layer], form, ranges)):.2e}")
@@ -100,9 +107,9 @@ def choose(
     while low < high:
         count = (low + high) // 2
         kept = [own[name] for name in ranked[count:]]
-        found = probe.error(quantized(model, kept, form, ranges))
-        if found <= budget:
-            high, error = count, found
+        measured = probe.error(quantized(model, kept, form, ranges))
+        if measured <= budget:
+            high, error = count, measured
         else:
             low = count + 1
     if high == len(ranked):
@@ -111,9 +118,8 @@ def choose(
             f"least sensitive one alone gives {alone[ranked[-1]]:.1e}. Raise --budget"
         )
     left = tuple(ranked[:high])
-    return Choice(
-        tuple(n for n in own if n not in left), left, alone, float(f"{error:.2e}"), budget
-    )
+    taken = tuple(name for name in own if name not in left)
+    return Choice(taken, left, alone, float(f"{error:.2e}"), budget, percentile)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,6 @@ class Choices:
 
     bundle: str
     precision: str
-    percentile: float
     graphs: dict[str, Choice]
 
     def write(self, path: Path) -> None:
@@ -130,6 +135,7 @@ class Choices:
         graphs = {
             name: {
                 "budget": choice.budget,
+                "percentile": choice.percentile,
                 "error": choice.error,
                 "fp32": [*choice.fp32],
                 "quantized": [*choice.quantized],
@@ -141,7 +147,6 @@ class Choices:
             "format": CHOICE_FORMAT,
             "bundle": self.bundle,
             "precision": self.precision,
-            "percentile": self.percentile,
             "graphs": graphs,
         }
         with atomic_write(path) as file:
@@ -164,7 +169,6 @@ def read_choices(path: Path, manifest: Manifest) -> Choices:
         choices = Choices(
             str(content["bundle"]),
             str(content["precision"]),
-            float(content["percentile"]),
             {
                 name: Choice(
                     tuple(map(str, own["quantized"])),
@@ -172,6 +176,7 @@ def read_choices(path: Path, manifest: Manifest) -> Choices:
                     {str(k): float(v) for k, v in own["error_alone"].items()},
                     float(own["error"]),
                     float(own["budget"]),
+                    float(own["percentile"]),
                 )
                 for name, own in content["graphs"].items()
             },
@@ -225,7 +230,7 @@ def quantize_graph(
     precision: str,
     samples: Sequence[Sample],
     budget: float,
-    percentile: float,
+    percentiles: Sequence[float],
     given: tuple[Path, Choices] | None,
 ) -> Work:
     """Choose the layers of a graph, or take those `given`, and quantise them."""
@@ -235,15 +240,16 @@ def quantize_graph(
     taken = replayed(given[0], given[1].graphs[name], name, own) if given else []
     samples = [sample for sample in samples if sample.graph == name]
     tokens = [*dict.fromkeys(layer.tokens for layer in own.values() if layer.tokens)]
-    ranges = token_ranges(model, tokens, samples, percentile) if form.tokens else {}
+    tried = (given[1].graphs[name].percentile,) if given else percentiles
+    found = token_ranges(model, tokens, samples, tried) if form.tokens else {tried[0]: {}}
     probe = Probe(spec, model, samples)
     if given:
-        choice = given[1].graphs[name]
+        choice, ranges = given[1].graphs[name], found[tried[0]]
         error = probe.error(quantized(model, taken, form, ranges))
         choice = replace(choice, error=float(f"{error:.2e}"))
     else:
-        choice = choose(model, own, form, ranges, probe, budget)
-        taken = [own[layer] for layer in choice.quantized]
+        choice = choose(model, own, form, found, probe, budget)
+        taken, ranges = [own[layer] for layer in choice.quantized], found[choice.percentile]
     return Work(spec, quantized(model, taken, form, ranges), choice)
 
 

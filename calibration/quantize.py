@@ -10,6 +10,10 @@ What may be 8 bits wide is what `calibration.half` lets run in half and has a co
 positions, film, sums over tokens, normalisers and the last projection stay fp32. Weights that meet
 no tokens (folded value and output projections) are stored in 8 bits in every form.
 
+No outliers are smoothed into weights: where it is free, in the gains before a product, errors fell
+by 0 to 14 %; in front of an FFN's second product, where the outliers are, it takes another pass
+over the hidden tokens.
+
 Sums over tokens are means in our graphs, so the tokens' range does not grow with their number, and
 one set of scales serves all sizes; each form is checked at every size that fp32 was.
 """
@@ -82,9 +86,9 @@ def layers(model: ModelProto, spec: GraphSpec) -> dict[str, Layer]:
 
 
 def token_ranges(
-    model: ModelProto, names: Sequence[str], samples: Sequence[Sample], percentile: float
-) -> dict[str, float]:
-    """The largest over all samples of each tensor's `percentile` of magnitudes; 100 is MinMax.
+    model: ModelProto, names: Sequence[str], samples: Sequence[Sample], percentiles: Sequence[float]
+) -> dict[float, dict[str, float]]:
+    """Per percentile, the largest over all samples of each tensor's magnitudes; 100 is MinMax.
 
     A percentile per sample, and not of all their numbers, so shapes may differ.
     """
@@ -94,12 +98,12 @@ def token_ranges(
     session = load_library().InferenceSession(
         probed.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    ranges = dict.fromkeys(names, 0.0)
+    ranges = {percentile: dict.fromkeys(names, 0.0) for percentile in percentiles}
     for sample in tqdm(samples, desc=f"ranges of {samples[0].graph}", unit="run", leave=False):
         for name, value in zip(names, session.run(names, sample.inputs), strict=True):
-            size = np.abs(value)
-            top = size.max() if percentile == 100 else np.percentile(size, percentile)
-            ranges[name] = max(ranges[name], float(top))
+            tops = np.percentile(np.abs(value), percentiles)
+            for own, top in zip(ranges.values(), tops, strict=True):
+                own[name] = max(own[name], float(top))
     return ranges
 
 

@@ -41,7 +41,7 @@ from runtime.tiles import Size
 VERDICTS = dict.fromkeys(HALVES, (45.0, 1.0)) | dict.fromkeys(FORMS, (35.0, 1.0))
 GUIDANCE = 2.0
 PICTURES = 4  # images of a trajectory, fewer where their tokens would be more than MOST_TOKENS
-MOST_TOKENS = 16_384
+MOST_TOKENS = 32_768
 MOST_DIGIT_TOKENS = 256  # larger latents draw too slowly for hundreds of digits
 
 

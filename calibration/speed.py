@@ -2,9 +2,7 @@
 
 import importlib.util
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from runtime.cli import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import ToolkitError
+from runtime.memory import peak_resident
 from runtime.pipeline import open_bundle
 from runtime.request import Request
 from runtime.tiles import Size
@@ -47,8 +46,7 @@ def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int)
         start = time.perf_counter()
         engine.run(given)
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return seconds, peak / (1024 if sys.platform != "darwin" else 1 << 20)
+    return seconds, peak_resident() / (1 << 20)
 
 
 def speed(

@@ -26,6 +26,7 @@ from runtime.engines import (
 )
 from runtime.errors import ArtefactError, UsageError
 from runtime.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
+from runtime.memory import resident
 from runtime.noise import COHERENT, NoiseStreams, refine
 from runtime.profiles import choose
 from runtime.providers import PROVIDERS
@@ -38,16 +39,16 @@ from runtime.tiles import (
     Size,
     check_memory,
     graphs_for,
-    resident,
     window_of,
     windows_of,
 )
 
 Crop = tuple[int, int, int, int]
 # eps enters x0 divided by sqrt(alpha_bar): at 1e-6, where a trajectory starts, its error comes out
-# 1000 times as large. 8 bits begin where alpha_bar has reached this: after the second of 50 steps.
+# 1000 times as large. bf16 and 8 bits begin where alpha_bar has reached this: with the third of 50
+# steps.
 EXACT_BELOW = 1e-3
-IN_8_BITS = ("int8", "int8w", "fp8")
+COARSE = ("bf16", "int8", "int8w", "fp8")
 ENCODING = ("r2ir_image_summary", "r2ir_encode")
 DIFFUSING = ("r2id_condition", "r2id_film", "r2id_position", "r2id")
 
@@ -106,7 +107,7 @@ class Pipeline:
 
     def exact_steps(self, steps: int) -> int:
         """How many of the first of `steps` run in fp32, whatever the precision; see EXACT_BELOW."""
-        if self.options.precision not in IN_8_BITS:
+        if self.options.precision not in COARSE:
             return 0
         return int((schedule.sampling_alpha_bar(steps)[:-1] < EXACT_BELOW).sum())
 

@@ -10,7 +10,6 @@ Letters: c colours, d width, L decoder blocks, h × w pixels.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from runtime.coordinates import Grid
 from runtime.engines import Engine
 from runtime.errors import ResourceError, UsageError
 from runtime.manifest import Array
+from runtime.memory import resident
 
 Size = tuple[int, int]
 Pixels = NDArray[np.float32]
@@ -265,15 +265,3 @@ class Resampler:
 def megabytes(count: int) -> str:
     """Bytes as the command line takes them, rounded up."""
     return f"{-(-count // 1_000_000)}MB"
-
-
-def resident() -> int:
-    """Bytes of memory that this process holds; its peak where the system tells no more."""
-    try:
-        import resource
-    except ImportError:  # Windows: about what Python, numpy and ONNX Runtime take
-        return 150_000_000
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        return int(pages.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

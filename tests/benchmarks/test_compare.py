@@ -81,13 +81,13 @@ def test_rows_hold_ratios_of_medians_and_shares_of_the_machine_s_rate() -> None:
 
 PEAK = """
 import numpy as np
-from benchmarks.contenders import resident
-before = resident("VmRSS")
+from runtime.memory import peak_resident, resident
+before = resident()
 block = np.ones(64 << 20, np.uint8)
-held = resident("VmRSS")
+held = resident()
 del block
-assert held - before > 60 << 20 and resident("VmHWM") > held - (1 << 20)
-assert resident("VmRSS") < held - (50 << 20)
+assert held - before > 60 << 20 and peak_resident() > held - (1 << 20)
+assert resident() < held - (50 << 20)
 """
 
 

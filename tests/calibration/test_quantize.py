@@ -128,8 +128,7 @@ def test_scales_are_those_of_the_samples(manifest: Manifest) -> None:
     spec, model = manifest.graphs["r2id"], model_of(manifest, "r2id")
     tokens = sorted({layer.tokens for layer in layers(model, spec).values() if layer.tokens})
     samples = samples_of(manifest, "r2id")
-    ranges = token_ranges(model, tokens, samples, 100)
-    cut = token_ranges(model, tokens, samples, 99)
+    ranges, cut = token_ranges(model, tokens, samples, (100, 99)).values()
     assert all(0 < cut[name] < ranges[name] for name in tokens)
     values = constants(model_of(manifest, "r2id", "int8"))
     for node in model_of(manifest, "r2id", "int8").graph.node:
@@ -142,11 +141,11 @@ def test_one_set_of_scales_serves_all_sizes(manifest: Manifest, tmp_path: Path) 
     """Ranges of trajectories at a size that no sample has are those of the samples."""
     spec, model = manifest.graphs["r2id"], model_of(manifest, "r2id")
     tokens = sorted({layer.tokens for layer in layers(model, spec).values() if layer.tokens})
-    calibrated = token_ranges(model, tokens, samples_of(manifest, "r2id"), 100)
+    calibrated = token_ranges(model, tokens, samples_of(manifest, "r2id"), [100])[100]
     larger = Settings(((24, 24),), (0.0, 1.0, 2.0, 4.0), steps=3, every=1)
     found = calibration_set(manifest, larger, tmp_path, tmp_path, None)
     own = [sample for sample in found if sample.graph == "r2id"]
-    ranges = token_ranges(model, tokens, own, 100)
+    ranges = token_ranges(model, tokens, own, [100])[100]
     ratios = [ranges[name] / calibrated[name] for name in tokens]
     assert 0.4 < np.median(ratios) < 2.5 and max(ratios) < 5
 
@@ -155,14 +154,14 @@ def test_the_most_sensitive_layers_stay_in_fp32(manifest: Manifest) -> None:
     spec, model, form = manifest.graphs["r2id"], model_of(manifest, "r2id"), FORMS["fp8"]
     own, probe = layers(model, spec), Probe(spec, model, samples_of(manifest, "r2id"))
     everything = probe.error(quantized(model, [*own.values()], form, {}))
-    assert choose(model, own, form, {}, probe, everything).fp32 == ()
-    choice = choose(model, own, form, {}, probe, everything / 1.5)
+    assert choose(model, own, form, {100: {}}, probe, everything).fp32 == ()
+    choice = choose(model, own, form, {100: {}}, probe, everything / 1.5)
     assert 0 < len(choice.fp32) < len(own) and choice.error <= everything / 1.5
     assert {*choice.fp32, *choice.quantized} == own.keys() == choice.alone.keys()
     worst = min(choice.alone[name] for name in choice.fp32)
     assert worst >= max(choice.alone[name] for name in choice.quantized)
     with pytest.raises(ArtefactError, match=r"no layer can be quantised within .* --budget"):
-        choose(model, own, form, {}, probe, 1e-9)
+        choose(model, own, form, {100: {}}, probe, 1e-9)
 
 
 def replay(folder: Path, path: Path, command: Command) -> tuple[int, str]:
@@ -261,7 +260,7 @@ def test_nan_is_refused(manifest: Manifest, tmp_path: Path) -> None:
         if tensor.name == name:
             values = np.full_like(numpy_helper.to_array(tensor), np.nan)
             tensor.CopyFrom(numpy_helper.from_array(values, name))
-    choice = choices.Choice((), (), {}, 0.0, 0.0)
+    choice = choices.Choice((), (), {}, 0.0, 0.0, 100)
     work = choices.Work(spec, broken, choice)
     with pytest.raises(ArtefactError, match=r"NaN or infinity\. Nothing is written"):
         choices.write_variant(work, "r2ir_encode", "int8", tmp_path, Samples(manifest))

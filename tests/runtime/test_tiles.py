@@ -14,6 +14,7 @@ from runtime import open_bundle, tiles
 from runtime.coordinates import Grid, grid
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, ResourceError, UsageError
+from runtime.memory import resident
 from runtime.pipeline import Pipeline
 from runtime.state import DecodeState
 from runtime.tiles import Resampler, bands, sample_places, window_of
@@ -199,9 +200,9 @@ def test_memory_chooses_the_tile_and_says_what_is_missing(
 
 
 def test_resident_memory_is_measured() -> None:
-    before = tiles.resident()
+    before = resident()
     held = np.ones(50_000_000, np.uint8)
-    assert 40_000_000 < tiles.resident() - before < 60_000_000 and held.all()
+    assert 40_000_000 < resident() - before < 60_000_000 and held.all()
 
 
 def test_a_state_draws_what_its_latent_draws(
