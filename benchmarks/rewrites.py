@@ -1,9 +1,9 @@
 """What each rewrite of the step graph gains: python -m benchmarks.rewrites
 
-The step graph with one rewrite of `export/graphs.py` undone, beside the whole one; both compute the
-same. Width and blocks as published, random weights, guidance pair, batch 1, 2 threads. In each
-round every form runs in a process of its own, one after the other; a gain is the ratio of medians,
-above 1 where the rewrite pays. Prints a table and writes rewrites.json.
+The step graph with one rewrite of `export/parts.py` or `export/graphs.py` undone, beside the whole
+one; both compute the same. Width and blocks as published, random weights, guidance pair, batch 1, 2
+threads. In each round every form runs in a process of its own, one after the other; a gain is the
+ratio of medians, above 1 where the rewrite pays. Prints a table and writes rewrites.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from benchmarks.contenders import (
     plain_inputs,
     write_graph,
 )
-from export import graphs
+from export import graphs, parts
 from export.chunk import chunk_ffn
 from export.to_onnx import GraphSource, onnx_from_source, sources
 from reference.checkpoint import Models
@@ -60,11 +60,11 @@ def mean(x: Tensor) -> Tensor:
 
 def shifted(x: Tensor, base: Tensor, slope: Tensor) -> Tensor:
     """AdaLN that adds a shift to the tokens; its values are in the biases already."""
-    return x * (base + slope * graphs.response_of(x)) + base * 0
+    return x * (base + slope * parts.response_of(x)) + base * 0
 
 
 def by_heads(
-    self: graphs.Attention, x: Tensor, query_bias: Tensor, key_bias: Tensor, constant: Tensor
+    self: parts.Attention, x: Tensor, query_bias: Tensor, key_bias: Tensor, constant: Tensor
 ) -> Tensor:
     """Self-attention with a value projection of the tokens, heads split, and an output one."""
     heads = self.heads.count
@@ -113,12 +113,12 @@ class Apart(nn.Module):
         return self.step(every, position, film, *text).transpose(0, 1)
 
 
-# A name of the rewrite, and what undoes it: a function of `graphs` that another one replaces.
+# A name of the rewrite, and what undoes it: a function of `export` that another one replaces.
 PATCHED: dict[str, tuple[str, Callable[..., Tensor]]] = {
-    "phi by Relu and Exp": ("positive", elu),
-    "means over tokens by products": ("token_mean", mean),
-    "shifts in biases, once per schedule": ("adapt", shifted),
-    "values and outputs on the summary": ("Attention.attend_self", by_heads),
+    "phi by Relu and Exp": ("parts.positive", elu),
+    "means over tokens by products": ("parts.token_mean", mean),
+    "shifts in biases, once per schedule": ("graphs.adapt", shifted),
+    "values and outputs on the summary": ("parts.Attention.attend_self", by_heads),
 }
 HOISTED = {
     "position once per size": "position",
@@ -174,8 +174,8 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> tuple[Prepared, dic
         for size, own in made.items():
             arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in own[name][1].items()}
             np.savez(folder / f"{kind}-{cli.size_name(size)}.npz", **arrays)
-        function, other = PATCHED.get(name, ("positive", graphs.positive))
-        with patch(f"export.graphs.{function}", other):  # looked up as the module is traced
+        function, other = PATCHED.get(name, ("parts.positive", parts.positive))
+        with patch(f"export.{function}", other):  # looked up as the module is traced
             source = exported(module, inputs, channels)
             model = onnx_from_source(source)
         chunked = model if name == CHUNKED else chunk_ffn(model)

@@ -36,7 +36,7 @@ from reference.classifier import (
     trained_classifier,
 )
 from reference.data import Images, fit, load_mnist
-from reference.train import canvas
+from reference.tasks import canvas
 from runtime import cli, ddim, schedule
 from runtime.cli import size_name
 from runtime.engines import EngineOptions

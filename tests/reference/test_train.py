@@ -17,7 +17,8 @@ from reference import checkpoint
 from reference.initialisation import cell_centres, initialise_r2ir
 from reference.layers import LinearAttention
 from reference.r2ir import R2IR, grid_tokens
-from reference.train import CONFIGS, build_models, canvas, draw_size, jittered, read_config
+from reference.tasks import canvas, draw_size, jittered
+from reference.train import CONFIGS, build_models, read_config
 from runtime.config import ModelConfig
 from runtime.errors import UsageError
 from tests.conftest import ROOT, Command

@@ -1,0 +1,204 @@
+"""What the exported modules are made of, and the rewrites that make them fast.
+
+All exact but for rounding:
+
+- phi = relu(x) + exp(x - relu(x)): engines run it several times faster than Elu.
+- Sums over tokens that are only used as ratios are means, so that they stay small at any size;
+  sums that leave a graph stay sums, so that those of tiles add up, and are scaled where read.
+- GRN and AdaLN scale and shift channels: x·gain + shift. Only the gain touches the tokens; the
+  shift goes through the next weights and becomes their bias, once per schedule. Weights stay
+  constants, which engines pack and quantise ahead of time.
+- Self-attention reads S = phi(k)ᵀ·x of the plain tokens; value and output projections act on S,
+  which has as many rows as channels instead of as many as tokens.
+- What a head reads is a weighted mean, and the mean of a constant is the constant: the biases of
+  value and output projections, and the shift before them, become a row added to the summary.
+- Cross-attention to T text tokens has rank T per head: keys and values meet once per prompt.
+- Residual scales go into the weights before them.
+
+Letters as in `export/graphs.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.layers import ATTENTION_EPSILON, FFN, GRN_EPSILON, LinearAttention
+
+
+def positive(x: Tensor) -> Tensor:
+    """phi = elu + 1."""
+    above = x.relu()
+    return above + (x - above).exp()
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """`[B, C, H, W]` -> `[B, H · W, C]`."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """Mean over tokens, `[B, N, d]` -> `[B, 1, d]`, as a product: threads share its work."""
+    count = x.shape[1]
+    return x.new_full((1, 1, count), 1.0) / count @ x
+
+
+def response_of(x: Tensor) -> Tensor:
+    """GRN's ratios of tokens `[B, N, d]` -> `[B, 1, d]`: root mean squares over their mean."""
+    root = token_mean(x * x).sqrt()
+    return root / (root.mean(2, keepdim=True) + GRN_EPSILON)
+
+
+class Projection(nn.Module):
+    """A linear layer as a matrix on the right, its output scaled per channel.
+
+    With `shift`, its input lacks that shift and the bias makes up for it.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: Tensor | float = 1.0, shift: Tensor | None = None):
+        super().__init__()
+        weight, bias = linear.weight.T * scale, linear.bias * scale
+        self.weight = nn.Parameter(weight.contiguous())  # [in, out]
+        self.bias = nn.Parameter(bias if shift is None else bias + shift @ weight)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x `[.., in]` -> `[.., out]`; a `bias` given takes the place of its own."""
+        return x @ self.weight + (self.bias if bias is None else bias)
+
+
+class Heads(nn.Module):
+    """Which channel belongs to which head: `mask [d, a]` of zeros and ones."""
+
+    mask: Tensor
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.count = heads
+        mask = torch.eye(heads).repeat_interleave(width // heads, 0)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def spread(self, k: Tensor) -> Tensor:
+        """`[B, 1, d]` -> `[B, d, a]`: each channel in its head's column."""
+        return k.transpose(1, 2) * self.mask
+
+    def normalise(self, q: Tensor, spread: Tensor, epsilon: Tensor | float) -> Tensor:
+        """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head -> `[B, N, d]`."""
+        total = q @ spread + epsilon  # [B, N, a]
+        # Spreading a head's number over its channels by a product needs no reshape of q.
+        return q / (total @ self.mask.T)
+
+
+class Attention(nn.Module):
+    """Linear attention through a summary of its memory: kv `[B, d, d]` and k `[B, d]`.
+
+    Head h owns e rows of kv, Σ phi(k_h)ᵀ·(v_h·Wo_h + bo/a): the output projection is inside.
+    `shift` is what the queries' input lacks (see Projection).
+    """
+
+    def __init__(self, attention: LinearAttention, scale: Tensor, shift: Tensor | None = None):
+        super().__init__()
+        width = len(attention.query.weight)
+        self.heads = Heads(width, attention.heads)
+        self.query, self.key = Projection(attention.query, 1.0, shift), Projection(attention.key)
+        self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
+        value, out = Projection(attention.value), Projection(attention.out, scale)
+        split = (attention.heads, -1)
+        by_head = value.weight.unflatten(1, split).transpose(0, 1)  # [a, d, e]
+        self.value_weight = nn.Parameter(by_head.contiguous())
+        self.value_bias = nn.Parameter(value.bias.unflatten(0, split).unsqueeze(1))  # [a, 1, e]
+        self.out_weight = nn.Parameter(out.weight.unflatten(0, split))  # [a, e, d]
+        self.out_bias = nn.Parameter(out.bias / attention.heads)
+
+    def values(self, x: Tensor) -> Tensor:
+        """v·Wo + bo/a of each head: x `[.., 1, n, d]` -> `[.., a, n, d]`."""
+        return (x @ self.value_weight + self.value_bias) @ self.out_weight + self.out_bias
+
+    def constant(self, shift: Tensor) -> Tensor:
+        """What each head's summary gains per unit of k by a shift `[S, d]`: `[S, a, d]`."""
+        return self.values(shift.unsqueeze(0)).transpose(0, 1)
+
+    def queries(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """phi(q): `[B, N, d]`."""
+        return positive(self.query_norm(self.query(x, bias)))
+
+    def keys(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """phi(k): `[B, P, d]`."""
+        return positive(self.key_norm(self.key(x, bias)))
+
+    def fold(self, sums: Tensor, spread: Tensor, constant: Tensor) -> Tensor:
+        """kv `[B, d, d]` of Σ phi(k)ᵀ·x `[B, d, d]`, Σ phi(k) spread, and `constant [a, d]`."""
+        by_head = sums.unflatten(1, (self.heads.count, -1)) @ self.value_weight  # [B, a, e, e]
+        return (by_head @ self.out_weight).flatten(1, 2) + spread @ constant
+
+    def summarise(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """kv and k of memory tokens `[B, P, d]`: sums, so that those of tiles add up."""
+        keys = self.keys(memory)
+        k = keys.sum(1, keepdim=True)
+        unshifted = self.constant(torch.zeros_like(self.out_bias).unsqueeze(0))[0]
+        kv = self.fold(keys.transpose(1, 2) @ memory, self.heads.spread(k), unshifted)
+        return kv, k.squeeze(1)
+
+    def read(self, queries: Tensor, kv: Tensor, k: Tensor) -> Tensor:
+        """What the queries find in a summary, projected and scaled: `[B, N, d]`.
+
+        kv and k only count relative to each other, so both are brought to the size of a mean.
+        """
+        k = k.unsqueeze(1)
+        unit = k.mean(2, keepdim=True)  # [B, 1, 1]
+        spread = self.heads.spread(k / unit)
+        return self.heads.normalise(queries, spread, ATTENTION_EPSILON / unit) @ (kv / unit)
+
+    def attend_self(
+        self, x: Tensor, query_bias: Tensor, key_bias: Tensor, constant: Tensor
+    ) -> Tensor:
+        """Self-attention of x `[B, N, d]`, in means; `constant [a·d]` and biases `[d]`: film."""
+        keys = self.keys(x, key_bias)
+        count = x.shape[1]
+        spread = self.heads.spread(token_mean(keys))
+        by_head = constant.unflatten(0, (self.heads.count, -1))
+        kv = self.fold(keys.transpose(1, 2) @ x / count, spread, by_head)
+        queries = self.queries(x, query_bias)
+        return self.heads.normalise(queries, spread, ATTENTION_EPSILON / count) @ kv
+
+
+class CrossAttention(nn.Module):
+    """Reads text in rank-T form: scores `[.., N, a·T]`, normalised per head, times v·Wo."""
+
+    same_head: Tensor
+
+    def __init__(self, attention: LinearAttention, tokens: int):
+        super().__init__()
+        self.query, self.query_norm = Projection(attention.query), attention.query_norm
+        blocks = torch.block_diag(*[torch.ones(tokens, tokens)] * attention.heads)
+        self.register_buffer("same_head", blocks, persistent=False)
+
+    def forward(self, x: Tensor, bias: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        """x `[B', N, d]`, bias `[d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
+        scores = positive(self.query_norm(self.query(x, bias))) @ text_k
+        return scores / (scores @ self.same_head + ATTENTION_EPSILON) @ text_v
+
+
+class ScaledFFN(nn.Module):
+    """FFN with its output times `scale`; `shift` is what its input lacks (see Projection)."""
+
+    def __init__(self, ffn: FFN, scale: Tensor, shift: Tensor | None = None):
+        super().__init__()
+        self.up, self.down = Projection(ffn.up, 1.0, shift), Projection(ffn.down, scale)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.down(F.silu(self.up(x, bias)))
+
+
+class SplitInput(nn.Module):
+    """A projection of values ‖ positional features, each half on its own."""
+
+    def __init__(self, linear: nn.Linear, values: int):
+        super().__init__()
+        self.value_weight = nn.Parameter(linear.weight[:, :values].T.contiguous())
+        self.position_weight = nn.Parameter(linear.weight[:, values:].T.contiguous())
+        self.bias = nn.Parameter(linear.bias)
+
+    def values(self, x: Tensor) -> Tensor:
+        return x @ self.value_weight
+
+    def position(self, features: Tensor) -> Tensor:
+        return features @ self.position_weight + self.bias
