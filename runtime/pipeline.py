@@ -257,8 +257,10 @@ class Pipeline:
         conditions = request.branches(count := self.model.condition.labels)[0]
         unique = np.unique(conditions.reshape(-1, count), axis=0)
         images = min(len(request.labels), batch or len(request.labels))
+        forms = {self.options.form} | ({"fp32"} if self.exact_steps(request.steps) else set())
         for size in (request.latent, request.largest):
-            self.check_size("r2id", size, batch=images, conditions=len(conditions))
+            for form in forms:  # each has a plan, and profiles, of its own
+                self.check_size("r2id", size, form, batch=images, conditions=len(conditions))
             self.check_size("r2id_position", size)
         self.check_size("r2id_film", request.latent, steps=request.steps + 1)
         self.check_size("r2id_condition", request.latent, conditions=len(unique))
@@ -271,12 +273,13 @@ class Pipeline:
             self.check_size("r2ir_image_summary", between, batch=images)
             self.check_size("r2ir_encode", request.continue_at, batch=images)
 
-    def check_size(self, graph: str, size: Size, **axes: int) -> None:
+    def check_size(self, graph: str, size: Size, form: str | None = None, **axes: int) -> None:
         """Raise UsageError where a graph cannot run at `size` (height, width) and other `axes`.
 
-        With plans, one profile must cover them all.
+        `form`: its precision, if not the pipeline's own. With plans, one profile must cover all.
         """
-        ranges = self.manifest.graph(graph, self.options.form).ranges
+        form = form or self.options.form
+        ranges = self.manifest.graph(graph, form).ranges
         if "height" in ranges:
             (low_h, high_h), (low_w, high_w) = ranges["height"], ranges["width"]
             nearest = (min(max(size[0], low_h), high_h), min(max(size[1], low_w), high_w))
@@ -285,7 +288,7 @@ class Pipeline:
                     f"size {size[0]}x{size[1]} is outside the range of {graph}, {low_h}x{low_w} "
                     f"to {high_h}x{high_w}; the nearest is {nearest[0]}x{nearest[1]}"
                 )
-        plan = self.manifest.plan(graph, self.options.form) if self.options.plans else None
+        plan = self.manifest.plan(graph, form) if self.options.plans else None
         if plan is not None:
             asked = {"height": size[0], "width": size[1], **axes}
             choose(plan.file, plan.profiles, {a: asked[a] for a in ranges if a in asked})

@@ -235,6 +235,22 @@ def test_a_request_outside_the_profiles_is_refused_before_any_work(
     assert not library.opened
 
 
+def test_the_plan_of_the_first_steps_bounds_a_request_too(bundle: Path, library: Library) -> None:
+    """bf16 starts in fp32, whose plan may cover less: that must show before the first step."""
+    manifest = read_manifest(bundle)
+    fp32, plan = manifest.graph("r2id"), manifest.plans["r2id.plan"]
+    half = replace(fp32, file="r2id.bf16.onnx", precision="bf16")
+    for file in (half.file, "r2id.bf16.plan"):
+        (bundle / file).write_bytes(manifest.file_bytes(fp32))
+    taller = tuple({**profile, "height": (1, 16, 128)} for profile in plan.profiles)
+    made = replace(plan, file="r2id.bf16.plan", precision="bf16", profiles=taller)
+    plans = {**manifest.plans, made.file: made}
+    replace(manifest, variants={"bf16": {"r2id": half}}, plans=plans).write(bundle)
+    with pytest.raises(UsageError, match=r"r2id\.plan: .*nearest legal size"):
+        open_bundle(bundle / made.file).generate([1], latent=(65, 4))
+    assert not library.opened
+
+
 @pytest.mark.parametrize(
     "damage",
     [
