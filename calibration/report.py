@@ -7,10 +7,9 @@ file sizes, seconds per step and peak memory on each engine here. fp16 and bf16 
 """
 
 import argparse
-import contextlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from runtime import cli, schedule
 from runtime.cli import size_name
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-from runtime.files import atomic_write, sha256
+from runtime.files import Measures, atomic_write, sha256
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
 from runtime.pipeline import Pipeline
@@ -110,26 +109,6 @@ def psnr(found: Array, wanted: Array) -> float:
     """Peak signal-to-noise ratio in dB of pixels in [-1, 1]; 200 where nothing differs."""
     error = float(np.mean(np.square(np.clip(found, -1, 1) - np.clip(wanted, -1, 1))))
     return 10 * float(np.log10(4 / max(error, 4e-20)))
-
-
-class Measures:
-    """Measures by name in a JSON file, written as they come: a killed report goes on there."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.settings, self.found = path, settings, {}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = json.loads(path.read_bytes())
-            if earlier["settings"] == settings:
-                self.found = dict(earlier["found"])
-
-    def take(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The measure from the file, or computed and written there."""
-        if name not in self.found:
-            self.found[name] = compute()
-            with atomic_write(self.path) as file:
-                data = {"settings": self.settings, "found": self.found}
-                file.write(json.dumps(data).encode())
-        return self.found[name]
 
 
 def quality(
@@ -279,7 +258,8 @@ def report(args: argparse.Namespace) -> None:
     measures = Measures(args.out / "measures.json", settings(manifest, precisions, args))
     sizes = {
         size_name(s): measures.take(
-            f"quality {size_name(s)}",
+            "quality",
+            size_name(s),
             partial(quality, manifest, precisions, s, args.steps, args.out),
         )
         for s in args.sizes
@@ -289,7 +269,7 @@ def report(args: argparse.Namespace) -> None:
     for p, s in itertools.product(digits, small):
         count = (args.digits, args.steps, GUIDANCE)
         read = partial(digits_read, Judged(manifest, p), s, reader, *count)
-        digits[p][size_name(s)] = measures.take(f"digits {p} {size_name(s)}", read)
+        digits[p][size_name(s)] = measures.take("digits", f"{p} {size_name(s)}", read)
     timings = partial(speed, manifest.folder, precisions, args.sizes, args.threads)
     found: dict[str, Any] = {
         "bundle": manifest.sha256,
@@ -298,7 +278,7 @@ def report(args: argparse.Namespace) -> None:
         "digits": args.digits if small else 0,
         "fp32_digits": digits["fp32"],
         "precisions": {},
-        "speed": measures.take("speed", timings),
+        "speed": measures.take("speed", "all engines", timings),
     }
     for precision in precisions:
         own = {

@@ -10,7 +10,6 @@ same options, it goes on after what the report holds.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from runtime import cli, ddim, schedule
 from runtime.cli import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
-from runtime.files import atomic_write
+from runtime.files import Measures, atomic_write
 from runtime.images import contact_sheet, save_png, to_uint8
 from runtime.noise import COHERENT, KINDS, NoiseStreams
 from runtime.pipeline import Pipeline, open_bundle
@@ -285,28 +284,6 @@ def draw_sheets(models: Models, test: Images, args: argparse.Namespace) -> None:
     save_png(args.out / "reconstructions.png", sheet, {"rows": "original, 4x4, 8x8, 16x16"})
 
 
-class Report:
-    """Measures by name and size in a JSON file, written as they come and not taken twice."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.found = path, {"settings": settings}
-        try:
-            earlier = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            return
-        if isinstance(earlier, dict) and earlier.get("settings") == settings:
-            self.found = earlier
-
-    def take(self, measure: str, name: str, compute: Callable[[], Any]) -> Any:
-        """The measure from the file, or computed and written there."""
-        part = self.found.setdefault(measure, {})
-        if name not in part:
-            part[name] = compute()
-            with atomic_write(self.path) as file:
-                file.write(json.dumps(self.found, indent=1).encode() + b"\n")
-        return part[name]
-
-
 @torch.inference_mode()
 def evaluate(args: argparse.Namespace) -> None:
     """Measure and draw everything, the report growing with each part."""
@@ -324,7 +301,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "digits_per_size": args.digits,
         "test_images": limit,
     }
-    report = Report(args.out / "report.json", settings)
+    report = Measures(args.out / "report.json", settings)
     for size in RECONSTRUCTION_SIZES:
         error = partial(reconstruction, models, test, size, limit)
         report.take("reconstruction_mse", size_name(size), error)

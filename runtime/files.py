@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from runtime.errors import ArtefactError, ResourceError
 
@@ -189,3 +190,27 @@ def _resource_error(path: Path, error: OSError) -> ResourceError:
     return ResourceError(
         f"{path}: cannot be written ({error.strerror}); what was there before is intact. {remedy}"
     )
+
+
+class Measures:
+    """Measures by kind and name in a JSON file, written as they come and not taken twice.
+
+    `found` is what the file holds: `settings`, and a dictionary per kind. A file of other settings
+    is measured anew.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.found = path, {"settings": settings}
+        with contextlib.suppress(OSError, ValueError):
+            earlier = json.loads(path.read_bytes())
+            if isinstance(earlier, dict) and earlier.get("settings") == settings:
+                self.found = earlier
+
+    def take(self, kind: str, name: str, compute: Callable[[], Any]) -> Any:
+        """The measure from the file, or computed and written there; raises ResourceError."""
+        part = self.found.setdefault(kind, {})
+        if name not in part:
+            part[name] = compute()
+            with atomic_write(self.path) as file:
+                file.write(json.dumps(self.found, indent=1).encode() + b"\n")
+        return part[name]

@@ -95,13 +95,3 @@ def test_the_classifier_is_the_reference_s(tmp_path: Path) -> None:
 def test_a_bundle_in_fp32_alone_has_nothing_to_report(tiny_bundle: Path, command: Command) -> None:
     done = command("calibration.report", tiny_bundle)
     assert done.returncode == 2 and "no graphs in int8" in done.stderr
-
-
-def test_a_killed_report_goes_on_where_it_was(tmp_path: Path) -> None:
-    path, given = tmp_path / "measures.json", {"bundle": "1"}
-    assert report.Measures(path, given).take("a", lambda: 1) == 1
-    again = report.Measures(path, given)
-    assert again.take("a", lambda: 2) == 1 and again.take("b", lambda: [3]) == [3]
-    assert report.Measures(path, {"bundle": "2"}).take("a", lambda: 4) == 4
-    path.write_text("[")
-    assert report.Measures(path, given).take("a", lambda: 5) == 5

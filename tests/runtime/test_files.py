@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import ResourceError
-from runtime.files import atomic_write, check_writable, remove_stale
+from runtime.files import Measures, atomic_write, check_writable, remove_stale
 from tests.conftest import Command
 
 
@@ -97,3 +97,14 @@ def test_stale_files_go_and_others_stay(tmp_path: Path) -> None:
     (tmp_path / ".partial-folder").mkdir()
     remove_stale(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_killed_measures_go_on_where_they_were(tmp_path: Path) -> None:
+    path, given = tmp_path / "measures.json", {"bundle": "1"}
+    assert Measures(path, given).take("errors", "a", lambda: 1) == 1
+    again = Measures(path, given)
+    assert again.take("errors", "a", lambda: 2) == 1
+    assert again.take("speed", "a", lambda: [3]) == [3]
+    assert Measures(path, {"bundle": "2"}).take("errors", "a", lambda: 4) == 4
+    path.write_text("[")
+    assert Measures(path, given).take("errors", "a", lambda: 5) == 5
