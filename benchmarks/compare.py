@@ -21,7 +21,16 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.contenders import CONTENDERS, GEMMS, Contender, Prepared, Size, measure, prepare
+from benchmarks.contenders import (
+    CONTENDERS,
+    GEMMS,
+    Contender,
+    Prepared,
+    Size,
+    add_options,
+    measure,
+    prepare,
+)
 from runtime import cli, doctor
 from runtime.errors import IncompatibleError
 
@@ -99,10 +108,7 @@ def main() -> None:
     add = p.add_argument
     add("--quick", action="store_true", help="two sizes, one round, no torch.compile: 2 minutes")
     add("--sizes", type=cli.sizes, help="HxW,HxW,… of the latent (16x16 to 256x256)")
-    add("--rounds", type=cli.number(1, 1000, int), help="processes per contender and size (3)")
-    add("--threads", type=cli.number(1, 256, int), default=2, help="CPU threads of each (2)")
-    add("--config", default="published", help="configuration in reference/configs (published)")
-    add("--out", type=Path, default=Path("build/bench"), help="folder of the results (build/bench)")
+    add_options(p)
     cli.run(compare, p)
 
 

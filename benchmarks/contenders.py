@@ -4,6 +4,7 @@
 its own, which imports that contender's library alone, so that its memory is its own.
 """
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import cli
 from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
@@ -94,6 +96,15 @@ class Measured:
     eps: NDArray[np.float32]
     peak: int
     own: int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of steps can be asked for."""
+    add = parser.add_argument
+    add("--rounds", type=cli.number(1, 1000, int), help="processes of each, at each size (3)")
+    add("--threads", type=cli.number(1, 256, int), default=2, help="CPU threads of each (2)")
+    add("--config", default="published", help="configuration in reference/configs (published)")
+    add("--out", type=Path, default=Path("build/bench"), help="folder of the results (build/bench)")
 
 
 def build(config: str) -> "Models":

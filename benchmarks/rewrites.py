@@ -27,6 +27,7 @@ from benchmarks.contenders import (
     Contender,
     Prepared,
     Size,
+    add_options,
     build,
     measure,
     our_inputs,
@@ -213,7 +214,7 @@ def timed(
     """Median seconds of each form; raises RuntimeError for one that computes another eps."""
     seconds: dict[str, list[float]] = {name: [] for name in files}
     eps: Array | None = None
-    turns = [*files.items()] * args.rounds
+    turns = [*files.items()] * (args.rounds or 3)
     for name, kind in tqdm(turns, desc=cli.size_name(size), unit="run"):
         contender = Contender(name, "cpu", kind)
         found = pool.submit(measure, prepared, contender, size, args.threads, SECONDS).result()
@@ -229,10 +230,7 @@ def main() -> None:
     p = cli.parser("benchmarks.rewrites", __doc__)
     add = p.add_argument
     add("--sizes", type=cli.sizes, default=SIZES, help="HxW,… of the latent (16x16,64x64)")
-    add("--rounds", type=cli.number(1, 1000, int), default=3, help="processes per form (3)")
-    add("--threads", type=cli.number(1, 256, int), default=2, help="CPU threads of each (2)")
-    add("--config", default="published", help="configuration in reference/configs (published)")
-    add("--out", type=Path, default=Path("build/bench"), help="folder of the results (build/bench)")
+    add_options(p)
     cli.run(rewrites, p)
 
 

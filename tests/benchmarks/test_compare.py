@@ -91,6 +91,23 @@ assert resident() < held - (50 << 20)
 """
 
 
+CHILD = """
+import subprocess, sys
+import numpy as np
+block = np.ones(300 << 20, np.uint8)
+code = "from runtime.memory import peak_resident; print(peak_resident())"
+done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+assert 5 << 20 < int(done.stdout) < 150 << 20, done.stdout
+"""
+
+
+@LINUX
+def test_a_peak_is_the_process_s_own() -> None:
+    """Of a process that a larger one has started, too."""
+    done = subprocess.run([sys.executable, "-c", CHILD], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @LINUX
 def test_a_peak_of_memory_stays_and_what_is_resident_goes() -> None:
     """In a process of its own, whose memory no other test has stretched."""

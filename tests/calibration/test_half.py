@@ -17,6 +17,7 @@ from runtime.errors import ArtefactError
 from runtime.files import LOCK_NAME, TEMPORARY_PREFIX
 from runtime.images import read_metadata
 from runtime.manifest import GraphSpec, Manifest, read_manifest
+from runtime.pipeline import open_bundle
 from tests.conftest import Command
 
 HALF_TYPES = set(half.HALVES.values())
@@ -278,6 +279,14 @@ def test_drawing_in_fp16(half_bundle: Path, tmp_path: Path, command: Command) ->
     again = ("--from-png", "a.png", "--precision", "fp32", "--out", "c.png")
     assert command(*draw, *again).returncode == 0
     assert read_metadata(tmp_path / "c.png")["precision"] == "fp32"
+
+
+def test_bf16_starts_in_fp32_and_fp16_does_not(half_bundle: Path) -> None:
+    exact = {
+        precision: open_bundle(half_bundle, EngineOptions(precision=precision)).exact_steps(50)
+        for precision in ("fp32", "fp16", "bf16")
+    }
+    assert exact == {"fp32": 0, "fp16": 0, "bf16": 2}
 
 
 def test_bf16_needs_another_provider_than_the_cpu(half_bundle: Path, command: Command) -> None:

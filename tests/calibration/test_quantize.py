@@ -167,6 +167,22 @@ def test_the_most_sensitive_layers_stay_in_fp32(manifest: Manifest) -> None:
         choose(model, own, form, {100: {}}, probe, 1e-9)
 
 
+def test_the_percentile_that_errs_least_is_chosen(manifest: Manifest) -> None:
+    name = "r2ir_latent_summary"
+    spec, model, form = manifest.graphs[name], model_of(manifest, name), FORMS["int8"]
+    own, samples = layers(model, spec), samples_of(manifest, name)
+    tokens = sorted({layer.tokens for layer in own.values() if layer.tokens})
+    ranges = token_ranges(model, tokens, samples, [100])[100]
+    coarse = {token: 40 * top for token, top in ranges.items()}
+    probe = Probe(spec, model, samples)
+    for found, best in (({1e2: ranges, 99.0: coarse}, 100), ({1e2: coarse, 99.0: ranges}, 99)):
+        choice = choose(model, own, form, found, probe, 1e9)
+        assert choice.percentile == best
+        assert choice.error == pytest.approx(
+            probe.error(quantized(model, [*own.values()], form, ranges)), rel=0.01
+        )
+
+
 def replay(folder: Path, path: Path, command: Command) -> tuple[int, str]:
     (data,) = folder.glob("calibration-*.npz")
     done = command("calibration", folder, "--choice", path, "--samples", data)
