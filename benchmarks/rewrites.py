@@ -59,25 +59,23 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(1, keepdim=True)
 
 
-def shifted(x: Tensor, base: Tensor, slope: Tensor) -> Tensor:
-    """AdaLN that adds a shift to the tokens; its values are in the biases already."""
-    return x * (base + slope * parts.response_of(x)) + base * 0
+def divided(self: parts.Heads, q: Tensor, spread: Tensor, epsilon: Tensor) -> Tensor:
+    """Heads normalised by a division of the tokens."""
+    return q / ((q @ spread + epsilon) @ self.mask.T)
 
 
-def by_heads(
-    self: parts.Attention, x: Tensor, query_bias: Tensor, key_bias: Tensor, constant: Tensor
-) -> Tensor:
+def by_heads(self: parts.Attention, x: Tensor) -> Tensor:
     """Self-attention with a value projection of the tokens, heads split, and an output one."""
     heads = self.heads.count
 
     def split(tokens: Tensor) -> Tensor:
         return tokens.unflatten(2, (heads, -1)).transpose(1, 2)  # [B, a, N, e]
 
-    q, k = split(self.queries(x, query_bias)), split(self.keys(x, key_bias))
+    q, k = split(self.queries(x)), split(self.keys(x))
     v = split(x @ self.value_weight.transpose(0, 1).flatten(1))
     total = q @ k.mean(2).unsqueeze(3) + ATTENTION_EPSILON / x.shape[1]
     read = (q @ (k.transpose(2, 3) @ v / x.shape[1]) / total).transpose(1, 2).flatten(2)
-    return read @ self.out_weight.flatten(0, 1) + constant.unflatten(0, (heads, -1)).sum(0)
+    return read @ self.out_weight.flatten(0, 1) + self.constant.sum(0)
 
 
 class Inside(nn.Module):
@@ -118,7 +116,7 @@ class Apart(nn.Module):
 PATCHED: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "phi by Relu and Exp": ("parts.positive", elu),
     "means over tokens by products": ("parts.token_mean", mean),
-    "shifts in biases, once per schedule": ("graphs.adapt", shifted),
+    "heads by reciprocals": ("parts.Heads.normalise", divided),
     "values and outputs on the summary": ("parts.Attention.attend_self", by_heads),
 }
 HOISTED = {

@@ -180,41 +180,27 @@ class Position(nn.Module):
 
 
 class SiteFilm(nn.Module):
-    """The share of one AdaLN in the film: all that its modulation does to what comes after it.
+    """The share of one AdaLN in the film: base, slope and shift of x·(base + slope·ratio) + shift.
 
-    AdaLN(x) = x·(base + slope·ratio) + shift; the shift goes on into the biases of `projections`
-    and the constant of `attention`, if it is one's input.
+    Its modulation of GRN is multiplied out, so that a step is left with one gain and one shift.
     """
 
-    def __init__(
-        self, norm: AdaLN, projections: Sequence[Projection], attention: Attention | None = None
-    ):
+    def __init__(self, norm: AdaLN):
         super().__init__()
         self.film = norm.film
         self.gamma, self.beta = norm.norm.gamma, norm.norm.beta
-        self.projections, self.attention = nn.ModuleList(projections), attention
-        width = len(self.beta)
-        constant = [attention.heads.count * width] if attention else []
-        self.widths = [width, width, *(len(p.bias) for p in projections), *constant]
 
     def forward(self, film: Tensor) -> Tensor:
-        """film features `[S, f]` -> base, slope, biases, constant: `[S, Σ widths]`."""
-        gamma, shift = self.film(film).chunk(2, 1)
+        """film features `[S, f]` -> base, slope and shift `[S, 3·d]`."""
+        gamma, beta = self.film(film).chunk(2, 1)
         base = 1 + gamma
-        shift = shift + self.beta * base
-        parts = [base, base * (1 + self.gamma), *(p(shift) for p in self.projections)]
-        if self.attention is not None:
-            parts.append(self.attention.constant(shift).flatten(1))
-        return torch.cat(parts, 1)
+        return torch.cat([base, base * (1 + self.gamma), base * self.beta + beta], 1)
 
 
-def sites_of(block: EncoderBlock) -> list[SiteFilm]:
-    """The film's shares of a block in the order in which the block uses them."""
-    own, up = Attention(block.attention, block.attention_scale), Projection(block.ffn.up)
-    sites = [SiteFilm(block.attention_norm, [own.query, own.key], own)]
-    if isinstance(block, DecoderBlock):
-        sites.append(SiteFilm(block.cross_norm, [Projection(block.cross.query)]))
-    return [*sites, SiteFilm(block.ffn_norm, [up])]
+def norms_of(block: EncoderBlock) -> list[AdaLN]:
+    """A block's AdaLNs in the order in which it uses them."""
+    cross = [block.cross_norm] if isinstance(block, DecoderBlock) else []
+    return [block.attention_norm, *cross, block.ffn_norm]
 
 
 class Film(nn.Module):
@@ -225,9 +211,8 @@ class Film(nn.Module):
         r2id = models.r2id
         self.time, self.film = r2id.time, r2id.film
         blocks = (*r2id.encoder, *r2id.decoder)
-        sites = [site for block in blocks for site in sites_of(block)]
-        self.sites = nn.ModuleList(sites)
-        self.width = sum(width for site in sites for width in site.widths)
+        self.sites = nn.ModuleList(SiteFilm(n) for block in blocks for n in norms_of(block))
+        self.width = 3 * r2id.config.width * len(self.sites)
 
     def forward(self, alpha_bar: Tensor) -> Tensor:
         film = self.film(self.time(alpha_bar))  # [S, f]
@@ -269,26 +254,23 @@ class StepBlock(nn.Module):
         self.outer = nn.Parameter(outer.clone())
         if isinstance(block, DecoderBlock):
             self.cross = CrossAttention(block.cross, text_tokens)
-        self.widths = [site.widths for site in sites_of(block)]
 
     def attend_self(self, x: Tensor, film: Sequence[Tensor]) -> Tensor:
-        base, slope, *rest = film
-        return x + self.attention.attend_self(adapt(x, base, slope), *rest)
+        return x + self.attention.attend_self(adapt(x, film))
 
     def attend_text(
         self, w: Tensor, film: Sequence[Tensor], text_k: Tensor, text_v: Tensor
     ) -> Tensor:
-        base, slope, bias = film
-        return w + self.cross(adapt(w, base, slope), bias, text_k, text_v)
+        return w + self.cross(adapt(w, film), text_k, text_v)
 
     def finish(self, x: Tensor, w: Tensor, film: Sequence[Tensor]) -> Tensor:
-        base, slope, bias = film
-        return x + w * self.outer + self.ffn(adapt(w, base, slope), bias)
+        return x + w * self.outer + self.ffn(adapt(w, film))
 
 
-def adapt(x: Tensor, base: Tensor, slope: Tensor) -> Tensor:
-    """AdaLN of tokens `[B, N, d]` but for its shift; base and slope `[d]`."""
-    return x * (base + slope * response_of(x))
+def adapt(x: Tensor, film: Sequence[Tensor]) -> Tensor:
+    """AdaLN of tokens `[B, N, d]` by its share of the film: base, slope and shift, each `[d]`."""
+    base, slope, shift = film
+    return x * (base + slope * response_of(x)) + shift
 
 
 class Denoise(nn.Module):
@@ -306,32 +288,28 @@ class Denoise(nn.Module):
         self.encoder = nn.ModuleList(StepBlock(block, tokens) for block in r2id.encoder)
         self.decoder = nn.ModuleList(StepBlock(block, tokens) for block in r2id.decoder)
         self.out = Projection(r2id.eps_out)
-
-    def films(self, film: Tensor) -> list[list[tuple[Tensor, ...]]]:
-        """The parts of film `[F]` by block and site."""
-        blocks = [block.widths for block in (*self.encoder, *self.decoder)]
-        parts = iter(film.split([width for sites in blocks for site in sites for width in site]))
-        return [[tuple(next(parts) for _ in site) for site in sites] for sites in blocks]
+        self.width = r2id.config.width
 
     def forward(
         self, latent: Tensor, position: Tensor, film: Tensor, text_k: Tensor, text_v: Tensor
     ) -> Tensor:
         x = self.project.values(tokens_of(latent)) + position.flatten(0, 1)  # [B, N, d]
-        films = self.films(film)
+        vectors = film.split(self.width)
+        sites = iter([vectors[i : i + 3] for i in range(0, len(vectors), 3)])
         for block in self.encoder:
-            own = films.pop(0)
-            x = block.finish(x, block.attend_self(x, own[0]), own[1])
+            w = block.attend_self(x, next(sites))
+            x = block.finish(x, w, next(sites))
         flat = text_k.flatten(0, 1), text_v.flatten(0, 1)  # [K·B, L, ..]
         for index, block in enumerate(self.decoder):
-            own = films.pop(0)
-            w = block.attend_self(x, own[0])
+            w = block.attend_self(x, next(sites))
             if index:
-                w = block.attend_text(w, own[1], *(text[:, index] for text in flat))
+                w = block.attend_text(w, next(sites), *(text[:, index] for text in flat))
             else:  # every condition starts from the same tokens
-                w = block.attend_text(w, own[1], text_k[:, :, 0], text_v[:, :, 0])  # [K, B, N, d]
+                first = text_k[:, :, 0], text_v[:, :, 0]
+                w = block.attend_text(w, next(sites), *first)  # [K, B, N, d]
                 x = (x + torch.zeros_like(w)).flatten(0, 1)  # [K·B, N, d]
                 w = w.flatten(0, 1)
-            x = block.finish(x, w, own[2])
+            x = block.finish(x, w, next(sites))
         eps = self.out(x).transpose(1, 2)  # [K·B, C, N]
         height, width = latent.shape[2:]
         return eps.unflatten(2, (height, width)).unflatten(0, (text_k.shape[0], -1))

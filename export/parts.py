@@ -5,13 +5,14 @@ All exact but for rounding:
 - phi = relu(x) + exp(x - relu(x)): engines run it several times faster than Elu.
 - Sums over tokens that are only used as ratios are means, so that they stay small at any size;
   sums that leave a graph stay sums, so that those of tiles add up, and are scaled where read.
-- GRN and AdaLN scale and shift channels: x·gain + shift. Only the gain touches the tokens; the
-  shift goes through the next weights and becomes their bias, once per schedule. Weights stay
-  constants, which engines pack and quantise ahead of time.
+- AdaLN is x·gain + shift, its gain and shift as vectors of channels. R2IR's shifts are constants
+  and go through the next weights into their biases; R2ID's change with every step and are added to
+  the tokens, so that all weights and biases are constants, which engines pack, quantise and fuse.
 - Self-attention reads S = phi(k)ᵀ·x of the plain tokens; value and output projections act on S,
   which has as many rows as channels instead of as many as tokens.
 - What a head reads is a weighted mean, and the mean of a constant is the constant: the biases of
-  value and output projections, and the shift before them, become a row added to the summary.
+  value and output projections become a row added to the summary.
+- Heads are normalised by a product with reciprocals, one per token and head, not by a division.
 - Cross-attention to T text tokens has rank T per head: keys and values meet once per prompt.
 - Residual scales go into the weights before them.
 
@@ -60,9 +61,9 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(weight.contiguous())  # [in, out]
         self.bias = nn.Parameter(bias if shift is None else bias + shift @ weight)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x `[.., in]` -> `[.., out]`; a `bias` given takes the place of its own."""
-        return x @ self.weight + (self.bias if bias is None else bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[.., in]` -> `[.., out]`."""
+        return x @ self.weight + self.bias
 
 
 class Heads(nn.Module):
@@ -84,7 +85,7 @@ class Heads(nn.Module):
         """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head -> `[B, N, d]`."""
         total = q @ spread + epsilon  # [B, N, a]
         # Spreading a head's number over its channels by a product needs no reshape of q.
-        return q / (total @ self.mask.T)
+        return q * (total.reciprocal() @ self.mask.T)
 
 
 class Attention(nn.Module):
@@ -104,38 +105,33 @@ class Attention(nn.Module):
         split = (attention.heads, -1)
         by_head = value.weight.unflatten(1, split).transpose(0, 1)  # [a, d, e]
         self.value_weight = nn.Parameter(by_head.contiguous())
-        self.value_bias = nn.Parameter(value.bias.unflatten(0, split).unsqueeze(1))  # [a, 1, e]
         self.out_weight = nn.Parameter(out.weight.unflatten(0, split))  # [a, e, d]
-        self.out_bias = nn.Parameter(out.bias / attention.heads)
+        # What every head's summary gains per unit of k: bv_h·Wo_h + bo/a.
+        constant = value.bias.unflatten(0, split).unsqueeze(1) @ self.out_weight
+        self.constant = nn.Parameter(constant.squeeze(1) + out.bias / attention.heads)  # [a, d]
 
     def values(self, x: Tensor) -> Tensor:
         """v·Wo + bo/a of each head: x `[.., 1, n, d]` -> `[.., a, n, d]`."""
-        return (x @ self.value_weight + self.value_bias) @ self.out_weight + self.out_bias
+        return x @ self.value_weight @ self.out_weight + self.constant.unsqueeze(1)
 
-    def constant(self, shift: Tensor) -> Tensor:
-        """What each head's summary gains per unit of k by a shift `[S, d]`: `[S, a, d]`."""
-        return self.values(shift.unsqueeze(0)).transpose(0, 1)
-
-    def queries(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def queries(self, x: Tensor) -> Tensor:
         """phi(q): `[B, N, d]`."""
-        return positive(self.query_norm(self.query(x, bias)))
+        return positive(self.query_norm(self.query(x)))
 
-    def keys(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def keys(self, x: Tensor) -> Tensor:
         """phi(k): `[B, P, d]`."""
-        return positive(self.key_norm(self.key(x, bias)))
+        return positive(self.key_norm(self.key(x)))
 
-    def fold(self, sums: Tensor, spread: Tensor, constant: Tensor) -> Tensor:
-        """kv `[B, d, d]` of Σ phi(k)ᵀ·x `[B, d, d]`, Σ phi(k) spread, and `constant [a, d]`."""
+    def fold(self, sums: Tensor, spread: Tensor) -> Tensor:
+        """kv `[B, d, d]` of Σ phi(k)ᵀ·x `[B, d, d]` and Σ phi(k) spread `[B, d, a]`."""
         by_head = sums.unflatten(1, (self.heads.count, -1)) @ self.value_weight  # [B, a, e, e]
-        return (by_head @ self.out_weight).flatten(1, 2) + spread @ constant
+        return (by_head @ self.out_weight).flatten(1, 2) + spread @ self.constant
 
     def summarise(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """kv and k of memory tokens `[B, P, d]`: sums, so that those of tiles add up."""
         keys = self.keys(memory)
         k = keys.sum(1, keepdim=True)
-        unshifted = self.constant(torch.zeros_like(self.out_bias).unsqueeze(0))[0]
-        kv = self.fold(keys.transpose(1, 2) @ memory, self.heads.spread(k), unshifted)
-        return kv, k.squeeze(1)
+        return self.fold(keys.transpose(1, 2) @ memory, self.heads.spread(k)), k.squeeze(1)
 
     def read(self, queries: Tensor, kv: Tensor, k: Tensor) -> Tensor:
         """What the queries find in a summary, projected and scaled: `[B, N, d]`.
@@ -147,17 +143,12 @@ class Attention(nn.Module):
         spread = self.heads.spread(k / unit)
         return self.heads.normalise(queries, spread, ATTENTION_EPSILON / unit) @ (kv / unit)
 
-    def attend_self(
-        self, x: Tensor, query_bias: Tensor, key_bias: Tensor, constant: Tensor
-    ) -> Tensor:
-        """Self-attention of x `[B, N, d]`, in means; `constant [a·d]` and biases `[d]`: film."""
-        keys = self.keys(x, key_bias)
-        count = x.shape[1]
+    def attend_self(self, x: Tensor) -> Tensor:
+        """Self-attention of x `[B, N, d]`, its sums over tokens as means."""
+        keys, count = self.keys(x), x.shape[1]
         spread = self.heads.spread(token_mean(keys))
-        by_head = constant.unflatten(0, (self.heads.count, -1))
-        kv = self.fold(keys.transpose(1, 2) @ x / count, spread, by_head)
-        queries = self.queries(x, query_bias)
-        return self.heads.normalise(queries, spread, ATTENTION_EPSILON / count) @ kv
+        kv = self.fold(keys.transpose(1, 2) @ x / count, spread)
+        return self.heads.normalise(self.queries(x), spread, ATTENTION_EPSILON / count) @ kv
 
 
 class CrossAttention(nn.Module):
@@ -171,9 +162,9 @@ class CrossAttention(nn.Module):
         blocks = torch.block_diag(*[torch.ones(tokens, tokens)] * attention.heads)
         self.register_buffer("same_head", blocks, persistent=False)
 
-    def forward(self, x: Tensor, bias: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
-        """x `[B', N, d]`, bias `[d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
-        scores = positive(self.query_norm(self.query(x, bias))) @ text_k
+    def forward(self, x: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        """x `[B', N, d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
+        scores = positive(self.query_norm(self.query(x))) @ text_k
         return scores / (scores @ self.same_head + ATTENTION_EPSILON) @ text_v
 
 
@@ -184,8 +175,8 @@ class ScaledFFN(nn.Module):
         super().__init__()
         self.up, self.down = Projection(ffn.up, 1.0, shift), Projection(ffn.down, scale)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.down(F.silu(self.up(x, bias)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
 
 
 class SplitInput(nn.Module):

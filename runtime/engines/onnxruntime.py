@@ -76,6 +76,8 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
     settings = library.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
+    # A pattern is a block for a whole run, beside the arena that the first run grew for the same.
+    settings.enable_mem_pattern = False
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     chosen = _choose(library, settings, options)
     try:  # enable_fallback: the library's own way to the CPU, also in the middle of a run

@@ -22,7 +22,13 @@ DEVICE = "CPU"
 # The step alone runs in bf16: all others run once per image, position and size, and those of R2IR
 # hold the Fourier features of coordinates, which have no meaning in bf16.
 IN_BF16 = ("r2id",)
+# The step runs many times at one size: compiled for that one, OpenVINO joins its passes over
+# tokens. It takes as long as compiling for every size does, and as much memory for each, so only
+# the first few sizes of a process get a form of their own and all others share one.
+PER_SIZE = ("r2id",)
+OWN_FORMS = 4
 MARK = 0x7FC0DEAD
+Shape = tuple[int, ...]
 OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate", "out of memory")
 
 
@@ -64,22 +70,30 @@ class OpenVinoEngine:
     def __init__(self, name: str, spec: GraphSpec, model: bytes, options: EngineOptions):
         check_self_contained(model, spec.file)
         self.spec = spec
+        self.per_size = name in PER_SIZE
         self.properties = properties(name, options)
         try:
             self.graph = load_core().read_model(model)
             spell_out_broadcasts(self.graph)
         except Exception as error:  # RuntimeError for everything, from a C++ library
             raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
-        self.native = self._compile()
+        self.compiled: dict[tuple[Shape, ...], Any] = {}
+        self._compiling = threading.Lock()
         self._threads = threading.local()
+        if self.per_size:
+            self._compile(_nothing())  # shows a property that is refused
+        else:
+            self._native(())
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
         sizes = self.spec.check_inputs(inputs)
+        shapes = tuple(inputs[t.name].shape for t in self.spec.inputs) if self.per_size else ()
+        native = self._native(shapes)
         try:
-            request = self._request()
+            request = self._request(native)
             for tensor in self.spec.outputs:
                 mark(request.get_tensor(tensor.name).data)
             found = request.infer(dict(inputs), share_inputs=True)
@@ -89,25 +103,38 @@ class OpenVinoEngine:
                     raise MemoryError(f"openvino left {tensor.name} {wanted} unwritten")
         except Exception as error:
             # What ran out of memory stays as it was then, for every later request of any size.
-            self.native = self._compile()
+            with self._compiling:
+                self.compiled.clear()
             if _out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
         names = outputs or [tensor.name for tensor in self.spec.outputs]
         return {name: found[name] for name in names}
 
-    def _request(self) -> Any:
-        """This thread's request of the graph as it is compiled now."""
+    def _native(self, shapes: tuple[Shape, ...]) -> Any:
+        """The graph compiled for inputs of these shapes, or for all."""
+        with self._compiling:
+            if shapes not in self.compiled and len(self.compiled) >= OWN_FORMS:
+                shapes = ()
+            if shapes not in self.compiled:
+                graph = self.graph.clone() if shapes else self.graph
+                if shapes:
+                    names = (tensor.name for tensor in self.spec.inputs)
+                    graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
+                self.compiled[shapes] = self._compile(graph)
+            return self.compiled[shapes]
+
+    def _request(self, native: Any) -> Any:
+        """This thread's request of a compiled graph."""
         own = self._threads.__dict__
-        native = self.native
         if own.get("native") is not native:
             own.update(native=native, request=native.create_infer_request())
         return own["request"]
 
-    def _compile(self) -> Any:
-        """The graph compiled; raises ResourceError or IncompatibleError."""
+    def _compile(self, graph: Any) -> Any:
+        """A graph compiled; raises ResourceError or IncompatibleError."""
         try:
-            return load_core().compile_model(self.graph, DEVICE, self.properties)
+            return load_core().compile_model(graph, DEVICE, self.properties)
         except Exception as error:
             if _out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
@@ -115,6 +142,14 @@ class OpenVinoEngine:
                 f"--provider openvino: {self.spec.file}: {_refusal(error)}. Check each "
                 "--provider-option, or choose --provider cpu or --allow-fallback"
             ) from None
+
+
+def _nothing() -> Any:
+    """A graph that hands its input on."""
+    from openvino import Model, Type, opset13
+
+    x = opset13.parameter([1], Type.f32)
+    return Model([opset13.result(x)], [x])
 
 
 def mark(array: Array) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from runtime import open_bundle
 from runtime.engines import EngineOptions, open_engine
-from runtime.engines.openvino import IN_BF16, OpenVinoEngine, load_core
+from runtime.engines.openvino import IN_BF16, OWN_FORMS, OpenVinoEngine, load_core
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.files import sha256
 from runtime.images import read_metadata
@@ -90,11 +91,11 @@ def test_only_the_step_runs_in_bf16_and_needs_no_graph_of_its_own(manifest: Mani
     for graph in manifest.graphs:
         engine = half.engine(graph)
         assert isinstance(engine, OpenVinoEngine)
-        precision = engine.native.get_property("INFERENCE_PRECISION_HINT").to_string()
-        assert precision == ("bf16" if graph in IN_BF16 else "f32"), graph
+        wanted = "bf16" if graph in IN_BF16 else "f32"
+        assert engine.properties["INFERENCE_PRECISION_HINT"] == wanted, graph
     feed = inputs(manifest, "r2id", SIZES[1])
-    wanted = open_engine(manifest, "r2id", EngineOptions()).run(feed)["eps"]
-    assert 1e-4 < relative_error(half.engine("r2id").run(feed)["eps"], wanted) < 0.05
+    eps = open_engine(manifest, "r2id", EngineOptions()).run(feed)["eps"]
+    assert 1e-4 < relative_error(half.engine("r2id").run(feed)["eps"], eps) < 0.05
     with pytest.raises(UsageError, match="no graphs in fp16"):
         Pipeline(manifest, options(precision="fp16"))
 
@@ -122,17 +123,33 @@ def test_results_are_the_callers_own(pipeline: Pipeline) -> None:
 @NEEDED
 def test_provider_options_are_openvino_s_properties(manifest: Manifest) -> None:
     own = options(provider_options={"INFERENCE_NUM_THREADS": "2", "PERF_COUNT": "YES"})
-    engine = open_engine(manifest, "r2id_film", own)
-    assert isinstance(engine, OpenVinoEngine)
-    assert engine.native.get_property("PERF_COUNT") == "YES"
-    assert engine.native.get_property("INFERENCE_NUM_THREADS") == 2
-    for key, value, words in (("NO_SUCH", "1", "NO_SUCH"), ("NUM_STREAMS", "many", "many")):
+    for graph in ("r2id_film", "r2id"):
+        engine = open_engine(manifest, graph, own)
+        assert isinstance(engine, OpenVinoEngine)
+        engine.run(inputs(manifest, graph, SIZES[0]))
+        (native,) = engine.compiled.values()
+        assert native.get_property("PERF_COUNT") == "YES"
+        assert native.get_property("INFERENCE_NUM_THREADS") == 2
+    wrongs = (("NO_SUCH", "1", "NO_SUCH"), ("NUM_STREAMS", "many", "many"))
+    for graph, (key, value, words) in product(("r2id_film", "r2id"), wrongs):
         wrong, words = {key: value}, rf"refuses it .*{words}.*Check each --provider-option"
         with pytest.raises(IncompatibleError, match=words) as caught:
-            open_engine(manifest, "r2id_film", options(provider_options=wrong))
+            open_engine(manifest, graph, options(provider_options=wrong))
         assert "\n" not in str(caught.value) and "src/" not in str(caught.value)
         own = options(provider_options=wrong, allow_fallback=True)
-        assert open_engine(manifest, "r2id_film", own).provider == "cpu"
+        assert open_engine(manifest, graph, own).provider == "cpu"
+
+
+@NEEDED
+def test_the_first_sizes_of_the_step_have_forms_of_their_own(manifest: Manifest) -> None:
+    engine, other = (open_engine(manifest, "r2id", o) for o in (options(), EngineOptions()))
+    assert isinstance(engine, OpenVinoEngine)
+    for width in (*range(1, OWN_FORMS + 3), 1):
+        feed = inputs(manifest, "r2id", SIZES[1] | {"width": width})
+        assert relative_error(engine.run(feed)["eps"], other.run(feed)["eps"]) < 1e-4
+    shapes = [*engine.compiled]
+    assert len(shapes) == OWN_FORMS + 1 and shapes[-1] == ()
+    assert [own[0][3] for own in shapes[:-1]] == [*range(1, OWN_FORMS + 1)]
 
 
 @NEEDED
