@@ -323,7 +323,8 @@ def open_engine(
 
         load_core()
         before = resident()
-        compiled = OpenVinoEngine("r2id", spec, model, options)
+        # Under its own name: a plain export gets no form per size, as nobody asked for one.
+        compiled = OpenVinoEngine(contender.graph.split(".")[0], spec, model, options)
         return lambda: compiled.run(feed)[name], before
     from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 

@@ -15,7 +15,7 @@ from runtime.pipeline import Pipeline
 from runtime.tiles import Size
 
 CLASSIFIER_SIDE = 32
-DIGITS_AT_ONCE = 20
+TOKENS_AT_ONCE = 5120  # of a batch: 20 digits at 16×16
 
 
 def classifier(path: Path) -> Any:
@@ -76,10 +76,11 @@ def digits_read(
     scale = side / min(size)
     image = (round(size[0] * scale), round(size[1] * scale))
     top, left = (image[0] - side) // 2, (image[1] - side) // 2
+    at_once = max(1, TOKENS_AT_ONCE // (size[0] * size[1]))
     desc = f"digits {pipeline.options.precision} {size_name(size)}"
     right = 0
-    for first in tqdm(range(0, count, DIGITS_AT_ONCE), desc=desc):
-        labels = [i % 10 for i in range(first, min(first + DIGITS_AT_ONCE, count))]
+    for first in tqdm(range(0, count, at_once), desc=desc, unit="batch"):
+        labels = [i % 10 for i in range(first, min(first + at_once, count))]
         made = pipeline.generate(
             labels, size, image, steps, guidance_scale, seed=1234, first_index=first
         ).images[..., top : top + side, left : left + side]

@@ -41,7 +41,8 @@ VERDICTS = dict.fromkeys(HALVES, (45.0, 1.0)) | dict.fromkeys(FORMS, (35.0, 1.0)
 GUIDANCE = 2.0
 PICTURES = 4  # images of a trajectory, fewer where their tokens would be more than MOST_TOKENS
 MOST_TOKENS = 32_768
-MOST_DIGIT_TOKENS = 256  # larger latents draw too slowly for hundreds of digits
+DIGIT_TOKENS = 25_600  # latents of more tokens draw slowly: as many digits as have these, but
+FEWEST_DIGITS = 10  # one of each label
 
 
 @dataclass(frozen=True)
@@ -225,8 +226,10 @@ def as_text(report: dict[str, Any]) -> str:
                     "" if digits is None else f"{digits:.1%}",
                 ]
             )
-    shares = ", ".join(f"{s} {share:.1%}" for s, share in report["fp32_digits"].items())
-    parts = [f"quality against fp32 ({shares or 'no classifier: digits are not read'})"]
+    counts = report["digits"]
+    shares = [f"{s} {share:.1%} of {counts[s]}" for s, share in report["fp32_digits"].items()]
+    said = f"digits {', '.join(shares)}" if shares else "no classifier: digits are not read"
+    parts = [f"quality against fp32 ({said})"]
     parts.append(cli.table(rows))
     rows = [
         ["engine", "size", "precision", "s per step", "times fp32", "times fp32 on cpu", "peak MiB"]
@@ -264,10 +267,10 @@ def report(args: argparse.Namespace) -> None:
         )
         for s in args.sizes
     }
-    small = [s for s in args.sizes if reader is not None and s[0] * s[1] <= MOST_DIGIT_TOKENS]
     digits: dict[str, dict[str, float]] = {p: {} for p in ("fp32", *precisions)}
-    for p, s in itertools.product(digits, small):
-        count = (args.digits, args.steps, GUIDANCE)
+    counts = {s: digit_count(s, args.digits) for s in args.sizes if reader is not None}
+    for p, s in itertools.product(digits, counts):
+        count = (counts[s], args.steps, GUIDANCE)
         read = partial(digits_read, Judged(manifest, p), s, reader, *count)
         digits[p][size_name(s)] = measures.take("digits", f"{p} {size_name(s)}", read)
     timings = partial(speed, manifest.folder, precisions, args.sizes, args.threads)
@@ -275,7 +278,7 @@ def report(args: argparse.Namespace) -> None:
         "bundle": manifest.sha256,
         "steps": args.steps,
         "guidance_scale": GUIDANCE,
-        "digits": args.digits if small else 0,
+        "digits": {size_name(s): count for s, count in counts.items()},
         "fp32_digits": digits["fp32"],
         "precisions": {},
         "speed": measures.take("speed", "all engines", timings),
@@ -294,6 +297,11 @@ def report(args: argparse.Namespace) -> None:
         file.write(json.dumps(found, indent=1).encode() + b"\n")
     print(as_text(found))
     print(f"report and pictures: {args.out}")
+
+
+def digit_count(size: Size, most: int) -> int:
+    """How many digits are read at a size."""
+    return min(most, max(FEWEST_DIGITS, DIGIT_TOKENS // (size[0] * size[1])))
 
 
 def settings(
@@ -323,7 +331,7 @@ def main() -> None:
     add("--sizes", type=cli.sizes, default=sizes, help="latent sizes (8x8 to 128x128)")
     add("--steps", type=cli.number(1, 1000, int), default=50, help="DDIM steps (50)")
     add("--classifier", type=Path, help="classifier.safetensors of reference.evaluate")
-    add("--digits", type=cli.number(10, 100_000, int), default=200, help="per size (200)")
+    add("--digits", type=cli.number(10, 100_000, int), default=100, help="per size, at most (100)")
     add("--threads", type=cli.number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--out", type=Path, default=Path("build/calibration"), help="folder of the report")
     cli.run(report, p)
