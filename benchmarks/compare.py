@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace) -> None:
     quick = args.quick
     sizes = args.sizes or [*(QUICK_SIZES if quick else SIZES)]
     rounds, seconds = args.rounds or (1 if quick else 3), 1.0 if quick else 4.0
-    contenders = [c for c in CONTENDERS if not (quick and c.engine == "torch.compile")]
+    contenders = [c for c in CONTENDERS if not (quick and c.slow)]
     args.out.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1)
@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace) -> None:
         turns = [c for _ in range(rounds) for c in (*GEMMS, *contenders)]
         for size in sizes:
             runs[size] = run_all(pool, prepared, turns, size, args.threads, seconds)
-    rows = report.rows_of(prepared, runs)
+        rows = report.rows_of(prepared, runs)
     rates = {gemm.name: report.gemm_rates(prepared, runs, gemm.name) for gemm in GEMMS}
     print(report.as_text(rows, rates))
     report.write_json(args.out / "compare.json", rows, rates, about(args, rounds))
@@ -106,7 +106,11 @@ def main() -> None:
     """The command line."""
     p = cli.parser("benchmarks.compare", __doc__)
     add = p.add_argument
-    add("--quick", action="store_true", help="two sizes, one round, no torch.compile: 2 minutes")
+    add(
+        "--quick",
+        action="store_true",
+        help="two sizes, one round, neither torch.compile nor int8",
+    )
     add("--sizes", type=cli.sizes, help="HxW,HxW,… of the latent (16x16 to 256x256)")
     add_options(p)
     cli.run(compare, p)

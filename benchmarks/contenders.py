@@ -5,9 +5,11 @@ its own, which imports that contender's library alone, so that its memory is its
 """
 
 import argparse
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,13 +38,15 @@ ALPHA_BAR = 0.3
 LABEL = 7
 GEMM_ROWS = 1024  # tokens of the product that gives the machine's rate: its arrays stay in cache
 FEWEST_STEPS = 3
+EXPORT_SIZE = (5, 7)
 
 
 @dataclass(frozen=True)
 class Contender:
     """`engine` runs `graph`; torch runs the published layout's module itself.
 
-    A `peer` heads a column of ratios: what a user could pick instead, or our own fp32.
+    A `peer` heads a column of ratios: what a user could pick instead, or our own fp32. A quick
+    comparison leaves the `slow` ones out.
     """
 
     name: str
@@ -50,20 +54,21 @@ class Contender:
     graph: str
     precision: str = "fp32"
     peer: bool = False
+    slow: bool = False
 
 
 # ORT is ONNX Runtime, `chunks` the form of our graph that the runtime opens for processors.
 CONTENDERS = (
     Contender("torch eager", "torch", "published", peer=True),
-    Contender("torch.compile", "torch.compile", "published", peer=True),
+    Contender("torch.compile", "torch.compile", "published", peer=True, slow=True),
     Contender("plain, ORT", "cpu", "published", peer=True),
     Contender("plain, OpenVINO", "openvino", "published", peer=True),
     Contender("ours, ORT", "cpu", "r2id"),
     Contender("ours, ORT, chunks", "cpu", "r2id.cpu", peer=True),
     Contender("ours, OpenVINO", "openvino", "r2id"),
     Contender("ours, OpenVINO bf16", "openvino", "r2id", "bf16"),
-    Contender("ours, ORT int8", "cpu", "r2id.int8"),
-    Contender("ours, OpenVINO int8", "openvino", "r2id.int8"),
+    Contender("ours, ORT int8", "cpu", "r2id.int8", slow=True),
+    Contender("ours, OpenVINO int8", "openvino", "r2id.int8", slow=True),
 )
 # The same two products of an FFN on both libraries: what the machine gives, and what torch gets.
 GEMMS = (
@@ -80,6 +85,9 @@ class Prepared:
     config: str
     specs: dict[str, GraphSpec]
     flops: dict[str, dict[Size, int]]
+
+    def file(self, graph: str) -> Path:
+        return self.folder / f"{graph}.onnx"
 
     def inputs(self, graph: str, size: Size) -> dict[str, Array]:
         """A graph's inputs; its forms share them."""
@@ -124,12 +132,15 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
 
     models = build(config)
     source = next(source for source in sources(models) if source.name == "r2id")
-    ours = onnx_from_source(source)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # each export takes one core
+        plain = pool.submit(export_published, config)
+        ours = onnx_from_source(source)
+        published = plain.result()
     chunked = chunk_ffn(ours)
     assert chunked is not None  # the step graph has FFNs
-    published, published_inputs = PublishedR2ID(models), plain_inputs(models, (5, 7))
     graphs = {
-        "published": (export_published(published, published_inputs), *interface(published_inputs)),
+        "published": (published, *interface(plain_inputs(models, EXPORT_SIZE))),
         "r2id": (ours, source.inputs, source.outputs),
         "r2id.cpu": (chunked, source.inputs, source.outputs),
         "gemm": (gemm_graph(models), *gemm_interface(models)),
@@ -138,7 +149,7 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
     for name, (model, *sides) in graphs.items():
         specs[name] = write_graph(folder, name, model, *sides)
     flops: dict[str, dict[Size, int]] = {name: {} for name in (*graphs, "r2id.int8")}
-    modules = {"published": published, "r2id": source.module}
+    modules = {"published": PublishedR2ID(models), "r2id": source.module}
     with torch.inference_mode():
         for size in sizes:
             feeds = {"published": plain_inputs(models, size), "r2id": our_inputs(models, size)}
@@ -163,8 +174,9 @@ def write_graph(
 ) -> GraphSpec:
     """A graph's file in `folder`, and its spec."""
     data = model.SerializeToString()
-    (folder / f"{name}.onnx").write_bytes(data)
-    return GraphSpec(f"{name}.onnx", sha256(data), "fp32", inputs, outputs, {})
+    path = folder / f"{name}.onnx"
+    path.write_bytes(data)
+    return GraphSpec(path.name, sha256(data), "fp32", inputs, outputs, {})
 
 
 def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -> Any:
@@ -196,12 +208,15 @@ def interface(inputs: "dict[str, Tensor]") -> Interface:
     return tuple(TensorSpec(key, "float32", own) for key, own in axes.items()), (eps,)
 
 
-def export_published(module: Any, inputs: "dict[str, Tensor]") -> Any:
+def export_published(config: str) -> Any:
     """The ONNX graph of the published layout as a user would export it."""
     import torch
 
+    from benchmarks.published import PublishedR2ID
     from export.to_onnx import OPSET, quiet
 
+    models = build(config)
+    module, inputs = PublishedR2ID(models), plain_inputs(models, EXPORT_SIZE)
     dynamic = torch.export.Dim.DYNAMIC
     with quiet():
         program = torch.onnx.export(
@@ -315,7 +330,7 @@ def open_engine(
 ) -> tuple[Step, int]:
     """A step on an engine of the runtime, and the resident bytes before its graph was opened."""
     spec = prepared.specs[contender.graph]
-    model = (prepared.folder / spec.file).read_bytes()
+    model = prepared.file(contender.graph).read_bytes()
     options = EngineOptions(contender.engine, threads=threads, precision=contender.precision)
     name = spec.outputs[0].name
     if contender.engine == "openvino":

@@ -48,8 +48,8 @@ def node_times(
     settings.intra_op_num_threads = threads
     settings.enable_profiling = True
     settings.profile_file_prefix = str(folder / f"{graph}-{cli.size_name(size)}")
-    model = prepared.folder / prepared.specs[graph].file
-    session = library.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+    model = str(prepared.file(graph))
+    session = library.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     feed = prepared.inputs(graph, size)
     for _ in range(WARM_UP + STEPS):
         session.run(None, feed)

@@ -23,6 +23,7 @@ class Row:
 
     `gemm_share`: counted FLOPs per second of the fastest step over the machine's rate in fp32.
     `peak_bytes` and `own_bytes`: resident memory, in all and since the model was loaded.
+    `file_bytes`: the graph's file, None where there is none.
     """
 
     contender: str
@@ -35,6 +36,7 @@ class Row:
     gemm_share: float
     peak_bytes: int
     own_bytes: int
+    file_bytes: int | None
     faster: dict[str, float]
 
     @property
@@ -61,6 +63,7 @@ def rows_of(prepared: Prepared, runs: Runs) -> list[Row]:
         for contender in (c for c in CONTENDERS if c.name in own):
             name, found = contender.name, own[contender.name]
             median, flops = statistics.median(times[name]), prepared.flops[contender.graph][size]
+            is_graph = not contender.engine.startswith("torch")
             rows.append(
                 Row(
                     name,
@@ -72,6 +75,7 @@ def rows_of(prepared: Prepared, runs: Runs) -> list[Row]:
                     flops / min(times[name]) / rate,
                     max(run.peak for run in found),
                     max(run.own for run in found),
+                    prepared.file(contender.graph).stat().st_size if is_graph else None,
                     {p: statistics.median(times[p]) / median for p in PEERS if p in own},
                 )
             )
@@ -82,7 +86,7 @@ def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
     """A table per size, then the machine's rates and how evenly time grows with tokens."""
     peers = [peer for peer in PEERS if peer in rows[0].faster]
     heading: list[object] = ["", "min s", "median s", "µs/token", "of GEMM"]
-    heading += ["peak MB", "own MB", "error"]
+    heading += ["peak MB", "own MB", "file MB", "error"]
     lines = []
     for size in dict.fromkeys((row.height, row.width) for row in rows):
         table: list[list[object]] = [
@@ -92,6 +96,7 @@ def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
             times = [f"{row.minimum:.4f}", f"{row.median:.4f}"]
             times += [f"{row.minimum / row.tokens * 1e6:.1f}", f"{row.gemm_share:.0%}"]
             memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.own_bytes / 1e6:.0f}"]
+            memory.append(f"{row.file_bytes / 1e6:.1f}" if row.file_bytes else "")
             ratios = [f"{row.faster[peer]:.2f}" for peer in peers]
             table.append([row.contender, *times, *memory, f"{row.error:.0e}", *ratios])
         lines += [cli.size_name(size), cli.table(table), ""]

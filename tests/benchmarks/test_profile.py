@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import prepare
+from benchmarks.contenders import Contender, measure, prepare
 from benchmarks.profile import (
     EIGHT_BITS,
     FORMS,
@@ -17,6 +17,7 @@ from benchmarks.profile import (
     draw,
     node_times,
 )
+from runtime.manifest import relative_error
 
 
 def test_nodes_are_counted_once_and_the_first_steps_not_at_all() -> None:
@@ -41,5 +42,9 @@ def test_int8_runs_in_products_of_8_bits(tmp_path: Path) -> None:
     assert fp32[EIGHT_BITS] == fp32[QUANTISING] == 0 and min(fp32[FP32], fp32[PASSES]) > 0
     assert min(int8.values()) > 0
     assert sum(int8.values()) == pytest.approx(sum(found["int8"].values()))
+    contenders = [Contender(graph, "cpu", graph) for graph in FORMS.values()]
+    wanted, eps = (measure(prepared, c, size, 1, 0.0).eps for c in contenders)
+    assert 1e-4 < relative_error(eps, wanted) < 0.3
+    assert prepared.file("r2id.int8").stat().st_size < prepared.file("r2id").stat().st_size
     draw(tmp_path / "profile.png", {"4x5": found})
     assert (tmp_path / "profile.png").stat().st_size > 1000
