@@ -62,7 +62,7 @@ class OpenVinoEngine:
     """One graph compiled by OpenVINO; every thread has an infer request of its own.
 
     Raises ArtefactError for a graph that is none or reaches outside its file, IncompatibleError
-    for a missing library, a refused property, or bf16 on a CPU without it.
+    for a missing library, a refused property, or bf16 on a CPU without it, ResourceError.
     """
 
     provider = "openvino"
@@ -81,7 +81,7 @@ class OpenVinoEngine:
         self._compiling = threading.Lock()
         self._threads = threading.local()
         if self.per_size:
-            self._compile(_nothing())  # shows a property that is refused
+            self._compile(_nothing(), ())  # shows a property that is refused
         else:
             self._native(())
 
@@ -117,11 +117,7 @@ class OpenVinoEngine:
             if shapes not in self.compiled and len(self.compiled) >= OWN_FORMS:
                 shapes = ()
             if shapes not in self.compiled:
-                graph = self.graph.clone() if shapes else self.graph
-                if shapes:
-                    names = (tensor.name for tensor in self.spec.inputs)
-                    graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
-                self.compiled[shapes] = self._compile(graph)
+                self.compiled[shapes] = self._compile(self.graph, shapes)
             return self.compiled[shapes]
 
     def _request(self, native: Any) -> Any:
@@ -131,9 +127,13 @@ class OpenVinoEngine:
             own.update(native=native, request=native.create_infer_request())
         return own["request"]
 
-    def _compile(self, graph: Any) -> Any:
-        """A graph compiled; raises ResourceError or IncompatibleError."""
+    def _compile(self, graph: Any, shapes: tuple[Shape, ...]) -> Any:
+        """A graph compiled for inputs of `shapes`, or for all; see the class for what it raises."""
         try:
+            if shapes:
+                graph = graph.clone()
+                names = (tensor.name for tensor in self.spec.inputs)
+                graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
             return load_core().compile_model(graph, DEVICE, self.properties)
         except Exception as error:
             if _out_of_memory(error):
