@@ -116,7 +116,7 @@ def draw(path: Path, found: dict[str, dict[str, dict[str, float]]]) -> None:
     """A bar per form and size, its kinds side by side, relative to fp32's bar of that size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.6 + 0.9 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 0.9 * len(found)), layout="constrained")
     axes = figure.subplots()
     names: list[str] = []
     first = next(iter(FORMS))
@@ -130,7 +130,7 @@ def draw(path: Path, found: dict[str, dict[str, dict[str, float]]]) -> None:
                 left += width
             names.append(f"{size}, {form}")
     handles = [axes.barh(0, 0, color=f"C{number}") for number in range(len(KINDS) + 1)]
-    axes.legend(handles, [*KINDS, PASSES], fontsize=7)
+    figure.legend(handles, [*KINDS, PASSES], loc="outside upper center", ncols=2, fontsize=7)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("time of all nodes, fp32 = 1")
