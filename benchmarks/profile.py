@@ -115,6 +115,7 @@ def as_text(found: dict[str, dict[str, dict[str, float]]]) -> str:
 def draw(path: Path, found: dict[str, dict[str, dict[str, float]]]) -> None:
     """A bar per form and size, its kinds side by side, relative to fp32's bar of that size."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(8, 1.1 + 0.9 * len(found)), layout="constrained")
     axes = figure.subplots()
@@ -129,8 +130,8 @@ def draw(path: Path, found: dict[str, dict[str, dict[str, float]]]) -> None:
                 axes.barh(len(names), width, left=left, color=f"C{number}")
                 left += width
             names.append(f"{size}, {form}")
-    handles = [axes.barh(0, 0, color=f"C{number}") for number in range(len(KINDS) + 1)]
-    figure.legend(handles, [*KINDS, PASSES], loc="outside upper center", ncols=2, fontsize=7)
+    kinds = [Patch(color=f"C{n}", label=kind) for n, kind in enumerate((*KINDS, PASSES))]
+    figure.legend(handles=kinds, loc="outside upper center", ncols=2, fontsize=7)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("time of all nodes, fp32 = 1")
