@@ -41,8 +41,8 @@ VERDICTS = dict.fromkeys(HALVES, (45.0, 1.0)) | dict.fromkeys(FORMS, (35.0, 1.0)
 GUIDANCE = 2.0
 PICTURES = 4  # images of a trajectory, fewer where their tokens would be more than MOST_TOKENS
 MOST_TOKENS = 32_768
-DIGIT_TOKENS = 25_600  # latents of more tokens draw slowly: as many digits as have these, but
-FEWEST_DIGITS = 10  # one of each label
+DIGIT_TOKENS = 25_600  # large latents draw slowly: a size's digits have no more tokens in all,
+FEWEST_DIGITS = 10  # but one of each label is read
 
 
 @dataclass(frozen=True)
