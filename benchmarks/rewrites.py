@@ -75,7 +75,7 @@ def by_heads(self: parts.Attention, x: Tensor) -> Tensor:
     v = split(x @ self.value_weight.transpose(0, 1).flatten(1))
     total = q @ k.mean(2).unsqueeze(3) + ATTENTION_EPSILON / x.shape[1]
     read = (q @ (k.transpose(2, 3) @ v / x.shape[1]) / total).transpose(1, 2).flatten(2)
-    return read @ self.out_weight.flatten(0, 1) + self.constant.sum(0)
+    return read @ self.out_weight[:, :-1].flatten(0, 1) + self.out_weight[:, -1].sum(0)
 
 
 class Inside(nn.Module):

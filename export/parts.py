@@ -11,7 +11,7 @@ All exact but for rounding:
 - Self-attention reads S = phi(k)ᵀ·x of the plain tokens; value and output projections act on S,
   which has as many rows as channels instead of as many as tokens.
 - What a head reads is a weighted mean, and the mean of a constant is the constant: the biases of
-  value and output projections become a row added to the summary.
+  value and output projections become a row of the output weights, which k multiplies.
 - Heads are normalised by a product with reciprocals, one per token and head, not by a division.
 - Cross-attention to T text tokens has rank T per head: keys and values meet once per prompt.
 - Residual scales go into the weights before them.
@@ -78,8 +78,8 @@ class Heads(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def spread(self, k: Tensor) -> Tensor:
-        """`[B, 1, d]` -> `[B, d, a]`: each channel in its head's column."""
-        return k.transpose(1, 2) * self.mask
+        """`[B, d, 1]` -> `[B, d, a]`: each channel in its head's column."""
+        return k * self.mask
 
     def normalise(self, q: Tensor, spread: Tensor, epsilon: Tensor | float) -> Tensor:
         """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head -> `[B, N, d]`."""
@@ -105,14 +105,15 @@ class Attention(nn.Module):
         split = (attention.heads, -1)
         by_head = value.weight.unflatten(1, split).transpose(0, 1)  # [a, d, e]
         self.value_weight = nn.Parameter(by_head.contiguous())
-        self.out_weight = nn.Parameter(out.weight.unflatten(0, split))  # [a, e, d]
+        out_weight = out.weight.unflatten(0, split)  # [a, e, d]
         # What every head's summary gains per unit of k: bv_h·Wo_h + bo/a.
-        constant = value.bias.unflatten(0, split).unsqueeze(1) @ self.out_weight
-        self.constant = nn.Parameter(constant.squeeze(1) + out.bias / attention.heads)  # [a, d]
+        constant = value.bias.unflatten(0, split).unsqueeze(1) @ out_weight
+        constant = constant + out.bias / attention.heads  # [a, 1, d]
+        self.out_weight = nn.Parameter(torch.cat([out_weight, constant], 1))  # [a, e + 1, d]
 
     def values(self, x: Tensor) -> Tensor:
         """v·Wo + bo/a of each head: x `[.., 1, n, d]` -> `[.., a, n, d]`."""
-        return x @ self.value_weight @ self.out_weight + self.constant.unsqueeze(1)
+        return F.pad(x @ self.value_weight, (0, 1), value=1.0) @ self.out_weight
 
     def queries(self, x: Tensor) -> Tensor:
         """phi(q): `[B, N, d]`."""
@@ -122,32 +123,34 @@ class Attention(nn.Module):
         """phi(k): `[B, P, d]`."""
         return positive(self.key_norm(self.key(x)))
 
-    def fold(self, sums: Tensor, spread: Tensor) -> Tensor:
-        """kv `[B, d, d]` of Σ phi(k)ᵀ·x `[B, d, d]` and Σ phi(k) spread `[B, d, a]`."""
-        by_head = sums.unflatten(1, (self.heads.count, -1)) @ self.value_weight  # [B, a, e, e]
-        return (by_head @ self.out_weight).flatten(1, 2) + spread @ self.constant
+    def fold(self, sums: Tensor, k: Tensor, count: int = 1) -> Tensor:
+        """kv `[B, d, d]` of Σ phi(k)ᵀ·x `[B, d, d]` over `count` and k `[B, d, 1]`."""
+        split = (self.heads.count, -1)
+        by_head = sums.unflatten(1, split) @ self.value_weight / count  # [B, a, e, e]
+        return (torch.cat([by_head, k.unflatten(1, split)], 3) @ self.out_weight).flatten(1, 2)
 
     def summarise(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """kv and k of memory tokens `[B, P, d]`: sums, so that those of tiles add up."""
         keys = self.keys(memory)
-        k = keys.sum(1, keepdim=True)
-        return self.fold(keys.transpose(1, 2) @ memory, self.heads.spread(k)), k.squeeze(1)
+        k = keys.sum(1)
+        return self.fold(keys.transpose(1, 2) @ memory, k.unsqueeze(2)), k
 
     def read(self, queries: Tensor, kv: Tensor, k: Tensor) -> Tensor:
         """What the queries find in a summary, projected and scaled: `[B, N, d]`.
 
         kv and k only count relative to each other, so both are brought to the size of a mean.
         """
-        k = k.unsqueeze(1)
-        unit = k.mean(2, keepdim=True)  # [B, 1, 1]
+        k = k.unsqueeze(2)
+        unit = k.mean(1, keepdim=True)  # [B, 1, 1]
         spread = self.heads.spread(k / unit)
         return self.heads.normalise(queries, spread, ATTENTION_EPSILON / unit) @ (kv / unit)
 
     def attend_self(self, x: Tensor) -> Tensor:
         """Self-attention of x `[B, N, d]`, its sums over tokens as means."""
         keys, count = self.keys(x), x.shape[1]
-        spread = self.heads.spread(token_mean(keys))
-        kv = self.fold(keys.transpose(1, 2) @ x / count, spread)
+        k = token_mean(keys).transpose(1, 2)
+        kv = self.fold(keys.transpose(1, 2) @ x, k, count)
+        spread = self.heads.spread(k)
         return self.heads.normalise(self.queries(x), spread, ATTENTION_EPSILON / count) @ kv
 
 

@@ -75,6 +75,7 @@ class OpenVinoEngine:
         try:
             self.graph = load_core().read_model(model)
             spell_out_broadcasts(self.graph)
+            reduce_tokens(self.graph)
         except Exception as error:  # RuntimeError for everything, from a C++ library
             raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
         self.compiled: dict[tuple[Shape, ...], Any] = {}
@@ -207,6 +208,48 @@ def spell_out_broadcasts(model: Any) -> None:
         flips = attributes["transpose_a"], attributes["transpose_b"]
         product = opset13.matmul(opset13.unsqueeze(tokens, [0]), weights, *flips)
         node.output(0).replace(opset13.squeeze(product, [0]).output(0))
+
+
+def reduce_tokens(model: Any) -> None:
+    """Take sums over tokens by reductions, where the graph has products with a row of one number.
+
+    OpenVINO reduces tokens in half the time of such a product, and squares as it does so; ONNX
+    Runtime takes the product in less time than its own reduction.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or any(node.get_attributes().values()):
+            continue
+        number = repeated(node.input_value(0))
+        if number is None:
+            continue
+        tokens, readers = node.input_value(1), node.output(0).get_target_inputs()
+        square, root = tokens.get_node(), next(iter(readers)).get_node()
+        factors = square.input_values() if square.get_type_name() == "Multiply" else [None, tokens]
+        if factors[0] == factors[1] and len(readers) == 1 and root.get_type_name() == "Sqrt":
+            norm = opset13.reduce_l2(factors[0], [-2], keep_dims=True)
+            root.output(0).replace(opset13.multiply(norm, opset13.sqrt(number)).output(0))
+        else:
+            total = opset13.reduce_sum(tokens, [-2], keep_dims=True)
+            node.output(0).replace(opset13.multiply(total, number).output(0))
+
+
+def repeated(row: Any) -> Any:
+    """The number that a row `[1, 1, n]` repeats, where it is one number over another; or None."""
+    from openvino import PartialShape, opset13
+
+    shape, quotient = row.get_partial_shape(), row.get_node()
+    is_row = shape.rank.is_static and len(shape) == 3 and shape[0] == shape[1] == 1
+    if not is_row or quotient.get_type_name() != "Divide":
+        return None
+    filled, count = quotient.input_values()
+    if filled.get_node().get_type_name() != "Broadcast":
+        return None
+    one = filled.get_node().input_value(0)
+    if any(port.get_partial_shape() != PartialShape([]) for port in (one, count)):
+        return None
+    return opset13.divide(one, count)
 
 
 def _refusal(error: Exception) -> str:

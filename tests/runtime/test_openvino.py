@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import product
@@ -67,6 +68,19 @@ def test_every_graph_gives_what_onnx_runtime_gives(manifest: Manifest) -> None:
             assert found.keys() == wanted.keys()
             for name, array in wanted.items():
                 assert relative_error(found[name], array) < 1e-4, (graph, name, sizes)
+
+
+@NEEDED
+def test_sums_over_the_step_s_tokens_are_reductions(manifest: Manifest) -> None:
+    """Two AdaLNs and a self-attention in an encoder block, three and one in a decoder block."""
+    engine = open_engine(manifest, "r2id", options())
+    assert isinstance(engine, OpenVinoEngine)
+    kinds = Counter(node.get_type_name() for node in engine.graph.get_ordered_ops())
+    blocks = manifest.model.r2id
+    attentions = blocks.encoder_blocks + blocks.decoder_blocks
+    assert kinds["ReduceL2"] == 2 * blocks.encoder_blocks + 3 * blocks.decoder_blocks
+    assert kinds["ReduceSum"] == attentions
+    assert kinds["Sqrt"] == kinds["ReduceL2"]  # of the numbers that the rows repeated
 
 
 @NEEDED
