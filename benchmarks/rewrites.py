@@ -59,11 +59,6 @@ def mean(x: Tensor) -> Tensor:
     return x.mean(1, keepdim=True)
 
 
-def divided(self: parts.Heads, q: Tensor, spread: Tensor, epsilon: Tensor) -> Tensor:
-    """Heads normalised by a division of the tokens."""
-    return q / ((q @ spread + epsilon) @ self.mask.T)
-
-
 def by_heads(self: parts.Attention, x: Tensor) -> Tensor:
     """Self-attention with a value projection of the tokens, heads split, and an output one."""
     heads = self.heads.count
@@ -116,7 +111,6 @@ class Apart(nn.Module):
 PATCHED: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "phi by Relu and Exp": ("parts.positive", elu),
     "means over tokens by products": ("parts.token_mean", mean),
-    "heads by reciprocals": ("parts.Heads.normalise", divided),
     "values and outputs on the summary": ("parts.Attention.attend_self", by_heads),
 }
 HOISTED = {

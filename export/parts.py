@@ -12,7 +12,6 @@ All exact but for rounding:
   which has as many rows as channels instead of as many as tokens.
 - What a head reads is a weighted mean, and the mean of a constant is the constant: the biases of
   value and output projections become a row of the output weights, which k multiplies.
-- Heads are normalised by a product with reciprocals, one per token and head, not by a division.
 - Cross-attention to T text tokens has rank T per head: keys and values meet once per prompt.
 - Residual scales go into the weights before them.
 
@@ -83,9 +82,8 @@ class Heads(nn.Module):
 
     def normalise(self, q: Tensor, spread: Tensor, epsilon: Tensor | float) -> Tensor:
         """phi(q) `[B or 1, N, d]` over phi(q)·k + epsilon per head -> `[B, N, d]`."""
-        total = q @ spread + epsilon  # [B, N, a]
         # Spreading a head's number over its channels by a product needs no reshape of q.
-        return q * (total.reciprocal() @ self.mask.T)
+        return q / ((q @ spread + epsilon) @ self.mask.T)
 
 
 class Attention(nn.Module):
