@@ -38,6 +38,7 @@ ALPHA_BAR = 0.3
 LABEL = 7
 GEMM_ROWS = 1024  # tokens of the product that gives the machine's rate: its arrays stay in cache
 FEWEST_STEPS = 3
+WEIGHT_NOISE = 0.02  # standard deviation; the weights' own is 0.04 at the published width
 EXPORT_SIZE = (5, 7)
 
 
@@ -116,10 +117,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def build(config: str) -> "Models":
-    """A configuration with random weights, the same in every process."""
+    """A configuration with random weights, the same in every process.
+
+    Fresh models have keys like their queries and biases of zero: engines compute the former once
+    and drop the latter, which they could not do with trained weights. So every weight is moved.
+    """
+    import torch
+
     from reference.train import build_models, read_config
 
-    return build_models(read_config(config), config).eval().requires_grad_(False)
+    models = build_models(read_config(config), config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in models.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=WEIGHT_NOISE)
+    return models
 
 
 def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ def test_products_and_convolutions_are_counted() -> None:
     linear, conv = torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 4, 1)
     assert count_flops(linear, {"x": torch.zeros(11, 5)}) == 2 * 11 * 5 * 7
     assert count_flops(conv, {"x": torch.zeros(1, 3, 6, 6)}) == 2 * 36 * 3 * 4
+
+
+def test_no_engine_can_drop_or_join_what_trained_weights_would_keep_apart() -> None:
+    weights = [*build("tiny").parameters()]
+    assert all(weight.count_nonzero() == weight.numel() for weight in weights)
+    assert not any(torch.equal(a, b) for a, b in combinations(weights, 2) if a.shape == b.shape)
 
 
 def test_the_published_width_costs_what_its_layers_cost() -> None:
