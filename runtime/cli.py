@@ -38,18 +38,19 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     """Parse, run `main` and exit: errors as one line with their code, a traceback by --debug."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _terminate)
+    signals = _collect_signals()
     try:
         main(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; finished files are kept", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ToolkitError, MemoryError) as error:
-        if args.debug:
+    except (Exception, KeyboardInterrupt) as error:
+        # numpy turns an interrupt within a comparison into a TypeError, so the signal decides.
+        if signals:
+            print(f"{parser.prog}: interrupted; finished files are kept", file=sys.stderr)
+            sys.exit(INTERRUPTED_EXIT_CODE)
+        if args.debug or not isinstance(error, ToolkitError | MemoryError):
             raise
         if isinstance(error, MemoryError):
             error = memory_error(error)
@@ -229,5 +230,15 @@ def binary_size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _collect_signals() -> list[int]:
+    """SIGINT and SIGTERM, each raising KeyboardInterrupt; a SIGINT that is ignored stays so."""
+    collected: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        collected.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    return collected

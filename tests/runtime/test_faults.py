@@ -248,6 +248,25 @@ def test_a_signal_ends_with_130_and_no_half_file(
         Image.open(path).load()
 
 
+@LINUX
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_one() -> None:
+    """numpy raises TypeError for a KeyboardInterrupt within a comparison of structured arrays."""
+    code = (
+        "import signal\n"
+        "from runtime import cli\n"
+        "def main(args):\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise TypeError('swallowed') from None\n"
+        "cli.run(main, cli.parser('x', None))\n"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def growth(draw: Callable[[int], object], rounds: int) -> int:
     """Bytes of resident memory that `rounds` calls of `draw` add after as many to warm up."""
 
