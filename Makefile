@@ -26,7 +26,7 @@ help: ## list the commands (what `make` alone does)
 	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu,openvino]' 'pytest>=9' 'hypothesis>=6.140'
 	@touch $@
 
-build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(wildcard export/*.py reference/*.py)
+build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(shell find export reference -name '*.py')
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
 # A stamp, since the command adds to a manifest that the plans add to as well.
@@ -38,7 +38,7 @@ build/mnist/.half: build/mnist/r2id.onnx $(wildcard calibration/*.py)
 build/mnist/r2id.onnx: build/mnist/manifest.json
 	@:
 
-build/tiny/manifest.json: .venv/.ready tests/tiny.py $(wildcard export/*.py reference/*.py)
+build/tiny/manifest.json: .venv/.ready tests/tiny.py $(shell find export reference -name '*.py')
 	$(BIN)/python -m tests.tiny build/tiny
 
 generate: build/mnist/manifest.json ## first picture: environment, export, a sheet of digits

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import cli
+from runtime.bundle.files import sha256
+from runtime.bundle.manifest import Array, GraphSpec, TensorSpec
 from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
-from runtime.files import sha256
-from runtime.manifest import Array, GraphSpec, TensorSpec
 from runtime.memory import peak_resident, resident
 
 if TYPE_CHECKING:

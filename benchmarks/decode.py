@@ -9,7 +9,7 @@ python -m benchmarks.decode [--parts speed,large,sample,memory]
 - sample: how far the sampled ratios leave the shipped model's images from the untiled ones.
 - exact: how far --exact and the untiled graph are from the same decode in float64, in PyTorch.
 - memory: float32 arrays of the model's width that each graph holds per pixel, which is what
-  ARRAYS_PER_PIXEL of runtime/tiles.py was set by.
+  ARRAYS_PER_PIXEL of runtime/pipeline/tiles.py was set by.
 """
 
 import argparse
@@ -25,14 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime import cli, open_bundle, tiles
+from runtime import cli, open_bundle
+from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
 from runtime.coordinates import Grid, grid
 from runtime.engines import EngineOptions
-from runtime.images import save_rows, to_uint8
-from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
+from runtime.images.pixels import save_rows, to_uint8
 from runtime.memory import peak_resident, resident
-from runtime.pipeline import Pipeline
-from runtime.request import Request
+from runtime.pipeline import tiles
+from runtime.pipeline.pipeline import Pipeline
+from runtime.sampling.request import Request
 
 Size = tuple[int, int]
 PEAK = 2.0  # pixels live in [-1, 1]
@@ -219,7 +220,7 @@ def in_float64(
     """
     import torch
 
-    from export import graphs
+    from export.families.r2 import graphs
     from reference.checkpoint import SHIPPED, load
 
     models = load(checkpoint or SHIPPED).models.double()

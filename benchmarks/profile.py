@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from benchmarks.contenders import Prepared, Size, add_options, prepare
 from runtime import cli
+from runtime.bundle.files import atomic_write
 from runtime.engines.onnxruntime import load_library
-from runtime.files import atomic_write
 
 SIZES = [(16, 16), (128, 128)]
 FORMS = {"fp32, chunks": "r2id.cpu", "int8": "r2id.int8"}

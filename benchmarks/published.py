@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.checkpoint import Models
-from reference.layers import ATTENTION_EPSILON, GRN_EPSILON, AdaLN, LinearAttention, positive
-from reference.r2id import EncoderBlock
+from reference.families.parts.layers import (
+    ATTENTION_EPSILON,
+    GRN_EPSILON,
+    AdaLN,
+    LinearAttention,
+    positive,
+)
+from reference.families.r2.r2id import EncoderBlock
 
 
 def conv(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.contenders import CONTENDERS, GEMMS, Measured, Prepared, Size
 from runtime import cli
-from runtime.files import atomic_write
-from runtime.manifest import relative_error
+from runtime.bundle.files import atomic_write
+from runtime.bundle.manifest import relative_error
 
 REFERENCE = CONTENDERS[0]
 PEERS = tuple(contender.name for contender in CONTENDERS if contender.peer)

@@ -1,7 +1,7 @@
 """What each rewrite of the step graph gains: python -m benchmarks.rewrites
 
-The step graph with one rewrite of `export/parts.py` or `export/graphs.py` undone, beside the whole
-one; both compute the same. Width and blocks as published, random weights, guidance pair, batch 1, 2
+The step graph with one rewrite of `export/families/r2` undone, beside the whole one; both compute
+the same. Width and blocks as published, random weights, guidance pair, batch 1, 2
 threads. In each round every form runs in a process of its own, one after the other; a gain is the
 ratio of medians, above 1 where the rewrite pays. Prints a table and writes rewrites.json.
 """
@@ -34,14 +34,14 @@ from benchmarks.contenders import (
     plain_inputs,
     write_graph,
 )
-from export import graphs, parts
 from export.chunk import chunk_ffn
+from export.families.r2 import graphs, parts
 from export.to_onnx import GraphSource, onnx_from_source, sources
 from reference.checkpoint import Models
-from reference.layers import ATTENTION_EPSILON
+from reference.families.parts.layers import ATTENTION_EPSILON
 from runtime import cli
-from runtime.files import atomic_write
-from runtime.manifest import Array, TensorSpec, relative_error
+from runtime.bundle.files import atomic_write
+from runtime.bundle.manifest import Array, TensorSpec, relative_error
 
 SIZES = [(16, 16), (64, 64)]
 WHOLE = "the step graph"

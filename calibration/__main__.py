@@ -31,9 +31,9 @@ from calibration.samples import (
     load,
 )
 from runtime import cli
+from runtime.bundle.files import staging
+from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest, find_bundle, read_manifest
 from runtime.errors import UsageError
-from runtime.files import staging
-from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest, find_bundle, read_manifest
 
 
 def calibrate(args: argparse.Namespace) -> None:

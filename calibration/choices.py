@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from calibration.quantize import FORMS, Form, Layer, layers, quantized, token_ranges
 from calibration.samples import HEAVY, Arrays, Sample, Samples, fingerprint
+from runtime.bundle.files import atomic_write, read_bytes, sha256
+from runtime.bundle.manifest import GraphSpec, Manifest, relative_error
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import ArtefactError
-from runtime.files import atomic_write, read_bytes, sha256
-from runtime.manifest import GraphSpec, Manifest, relative_error
 
 CHOICE_FORMAT = 2
 # Of the tokens' magnitudes, tried for each graph; 100 is MinMax.

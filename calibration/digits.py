@@ -11,8 +11,8 @@ from tqdm import tqdm
 from runtime.cli import size_name
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
-from runtime.pipeline import Pipeline
-from runtime.tiles import Size
+from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.tiles import Size
 
 CLASSIFIER_SIDE = 32
 TOKENS_AT_ONCE = 5120  # of a batch: 20 digits at 16×16

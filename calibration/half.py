@@ -33,11 +33,8 @@ from tqdm import tqdm
 
 from calibration.samples import HEAVY, Arrays, Samples
 from runtime import cli
-from runtime.engines import EngineOptions
-from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-from runtime.errors import ArtefactError
-from runtime.files import atomic_write, sha256, staging
-from runtime.manifest import (
+from runtime.bundle.files import atomic_write, sha256, staging
+from runtime.bundle.manifest import (
     DEFAULT_BUNDLE,
     Array,
     GraphSpec,
@@ -46,6 +43,9 @@ from runtime.manifest import (
     read_manifest,
     relative_error,
 )
+from runtime.engines import EngineOptions
+from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
+from runtime.errors import ArtefactError
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # Largest relative_error of a graph: 64 unit roundoffs, of 2^-11 and 2^-8. It is the largest error

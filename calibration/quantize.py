@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from calibration.half import half_tensors, is_selection, moving_axes, with_graph
 from calibration.samples import Sample
+from runtime.bundle.manifest import Array, GraphSpec
 from runtime.engines.onnxruntime import load_library
-from runtime.manifest import Array, GraphSpec
 
 SMALLEST = 256  # numbers in a weight: below, storing it in 8 bits saves nothing
 FP8_LARGEST = 448.0  # of E4M3

@@ -25,16 +25,17 @@ from calibration.half import HALVES, emulated
 from calibration.quantize import FORMS
 from calibration.samples import HEAVY, Recorder
 from calibration.speed import engines_here, speed
-from runtime import cli, schedule
+from runtime import cli
+from runtime.bundle.files import Measures, atomic_write, sha256
+from runtime.bundle.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
 from runtime.cli import size_name
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-from runtime.files import Measures, atomic_write, sha256
-from runtime.images import contact_sheet, save_png, to_uint8
-from runtime.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
-from runtime.pipeline import Pipeline
-from runtime.request import Request
-from runtime.tiles import Size
+from runtime.images.pixels import contact_sheet, save_png, to_uint8
+from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.tiles import Size
+from runtime.sampling import schedule
+from runtime.sampling.request import Request
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
 VERDICTS = dict.fromkeys(HALVES, (45.0, 1.0)) | dict.fromkeys(FORMS, (35.0, 1.0))

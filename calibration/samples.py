@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from runtime import schedule
+from runtime.bundle.manifest import Array, Manifest
 from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
-from runtime.manifest import Array, Manifest
-from runtime.pipeline import EXACT_BELOW, Pipeline
-from runtime.request import Label, Request
-from runtime.tiles import Size
+from runtime.pipeline.pipeline import EXACT_BELOW, Pipeline
+from runtime.pipeline.tiles import Size
+from runtime.sampling import schedule
+from runtime.sampling.request import Label, Request
 
 PICTURES = 3
 DRAWING_STEPS = 20

@@ -15,9 +15,9 @@ from runtime.cli import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import ToolkitError
 from runtime.memory import peak_resident
-from runtime.pipeline import open_bundle
-from runtime.request import Request
-from runtime.tiles import Size
+from runtime.pipeline.pipeline import open_bundle
+from runtime.pipeline.tiles import Size
+from runtime.sampling.request import Request
 
 SECONDS = 1.5  # how long a step is timed in one round
 ROUNDS = 3

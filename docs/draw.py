@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from runtime import ddim, open_bundle
-from runtime.files import atomic_write
+from runtime import open_bundle
+from runtime.bundle.files import atomic_write
 from runtime.generate import PREVIEW_STEPS
-from runtime.request import Request
+from runtime.sampling import ddim
+from runtime.sampling.request import Request
 
 LABEL, LATENT, SEED, STEPS = 7, (8, 8), 4, 50
 SHOWN_STEPS = (0, 25, 38, 50)

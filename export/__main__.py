@@ -15,9 +15,9 @@ from export.to_onnx import OPSET, GraphSource, onnx_from_source, sources
 from export.verify import parity, trajectory_parity
 from reference import checkpoint
 from runtime import cli
-from runtime.files import sha256, staging
-from runtime.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
-from runtime.schedule import FLOOR, OFFSET
+from runtime.bundle.files import sha256, staging
+from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
+from runtime.sampling.schedule import FLOOR, OFFSET
 
 LARGEST = {"batch": 4096, "conditions": 64, "height": 65536, "width": 65536, "steps": 10_001}
 

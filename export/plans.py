@@ -13,6 +13,9 @@ import onnx
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
+from runtime.bundle.files import atomic_write, sha256
+from runtime.bundle.manifest import GraphSpec, PlanSpec, TensorSpec
+from runtime.bundle.profiles import Profile, describe
 from runtime.engines.tensorrt import (
     FLAVOURS,
     OUT_OF_MEMORY,
@@ -21,9 +24,6 @@ from runtime.engines.tensorrt import (
     platform_name,
 )
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, ToolkitError, UsageError
-from runtime.files import atomic_write, sha256
-from runtime.manifest import GraphSpec, PlanSpec, TensorSpec
-from runtime.profiles import Profile, describe
 
 FP8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.files import atomic_write
+from runtime.bundle.manifest import GraphSpec
+from runtime.bundle.profiles import Cost, Profile, covers, describe
 from runtime.errors import UsageError
-from runtime.files import atomic_write
-from runtime.manifest import GraphSpec
-from runtime.profiles import Cost, Profile, covers, describe
 
 Range = tuple[int, int]
 Size = tuple[int, int]

@@ -11,11 +11,11 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export import graphs
+from export.families.r2 import graphs
 from reference.checkpoint import Models
+from runtime.bundle.manifest import Axis, TensorSpec
 from runtime.coordinates import grid
 from runtime.errors import ArtefactError
-from runtime.manifest import Axis, TensorSpec
 
 OPSET = 20
 # Sizes that examples are traced at: no two axes alike, none 0 or 1, which would be baked in.

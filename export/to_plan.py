@@ -17,13 +17,13 @@ from tqdm import tqdm
 from export.plans import Job, PlanBuilder, check_targets, plan_file
 from export.profiles import Ranges, SizeRange, explain
 from runtime import cli
+from runtime.bundle.files import staging
+from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, find_bundle, read_manifest
+from runtime.bundle.profiles import Cost
 from runtime.engines.cuda import device_target
 from runtime.engines.onnx_file import check_self_contained
 from runtime.engines.tensorrt import FLAVOURS, installed, load_library
 from runtime.errors import IncompatibleError, UsageError
-from runtime.files import staging
-from runtime.manifest import DEFAULT_BUNDLE, Manifest, find_bundle, read_manifest
-from runtime.profiles import Cost
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
 

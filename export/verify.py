@@ -14,11 +14,11 @@ from polygraphy.logger import G_LOGGER
 
 from export.to_onnx import GraphSource
 from reference.checkpoint import Models
-from runtime import ddim
+from runtime.bundle.manifest import Array, Manifest, relative_error
 from runtime.errors import ArtefactError
-from runtime.manifest import Array, Manifest, relative_error
-from runtime.pipeline import Pipeline
-from runtime.request import Request
+from runtime.pipeline.pipeline import Pipeline
+from runtime.sampling import ddim
+from runtime.sampling.request import Request
 
 TOLERANCE = 1e-4
 TRAJECTORY_TOLERANCE = 1e-3

@@ -14,13 +14,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from reference.r2id import R2ID
-from reference.r2ir import R2IR
-from reference.text import LabelCondition
-from runtime import ddim, schedule
+from reference.families.r2.r2id import R2ID
+from reference.families.r2.r2ir import R2IR
+from reference.families.r2.text import LabelCondition
+from runtime.bundle.files import atomic_write, read_bytes, sha256
 from runtime.config import ModelConfig
 from runtime.errors import ArtefactError
-from runtime.files import atomic_write, read_bytes, sha256
+from runtime.sampling import ddim, schedule
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 LONGEST_HEADER = 100 << 20  # as the safetensors format allows

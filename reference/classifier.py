@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from reference.checkpoint import read_metadata
 from reference.data import Images, fit
-from runtime.files import atomic_write, sha256
+from runtime.bundle.files import atomic_write, sha256
 
 IMAGE_SIDE = 32  # of the digits that it reads
 STEPS = 1500

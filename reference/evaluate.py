@@ -35,15 +35,16 @@ from reference.classifier import (
     trained_classifier,
 )
 from reference.data import Images, fit, load_mnist
-from reference.tasks import canvas
-from runtime import cli, ddim, schedule
+from reference.families.r2.training import canvas
+from runtime import cli
+from runtime.bundle.files import Measures, atomic_write
 from runtime.cli import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
-from runtime.files import Measures, atomic_write
-from runtime.images import contact_sheet, save_png, to_uint8
-from runtime.noise import COHERENT, KINDS, NoiseStreams
-from runtime.pipeline import Pipeline, open_bundle
+from runtime.images.pixels import contact_sheet, save_png, to_uint8
+from runtime.pipeline.pipeline import Pipeline, open_bundle
+from runtime.sampling import ddim, schedule
+from runtime.sampling.noise import COHERENT, KINDS, NoiseStreams
 
 RECONSTRUCTION_SIZES = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16), (6, 9), (16, 9))
 GENERATION_SIZES = (

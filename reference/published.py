@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from reference import checkpoint
-from reference.embeddings import frequencies
+from reference.families.parts.embeddings import frequencies
 from runtime import cli
+from runtime.bundle.files import check_writable, read_bytes, sha256
 from runtime.config import ConditionConfig, ModelConfig, R2IDConfig, R2IRConfig
 from runtime.errors import ArtefactError, UsageError
-from runtime.files import check_writable, read_bytes, sha256
 
 # Published key (left) to ours (right), in the order in which they are tried.
 RENAMES = {

@@ -15,7 +15,7 @@ from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
+    from runtime.pipeline.pipeline import Pipeline
 
 # Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
@@ -114,7 +114,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
 def open_bundle(args: argparse.Namespace) -> "Pipeline":
     """The bundle that `add_engine_options` asked for; see `runtime.open_bundle`."""
     from runtime.engines import EngineOptions
-    from runtime.pipeline import open_bundle
+    from runtime.pipeline.pipeline import open_bundle
 
     options = EngineOptions(
         args.provider,

@@ -18,7 +18,7 @@ from runtime.memory import memory
 from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
+    from runtime.bundle.manifest import Manifest
 
 # name -> module, the packages that bring it, the command that installs it
 LIBRARIES = {
@@ -163,7 +163,7 @@ def processor() -> dict[str, Any]:
 def bundle(engine: Path) -> "tuple[Manifest | None, str | None]":
     """The bundle's manifest, or what is wrong with it."""
     try:
-        from runtime.manifest import find_bundle, read_manifest
+        from runtime.bundle.manifest import find_bundle, read_manifest
 
         return read_manifest(find_bundle(engine)), None
     except (ToolkitError, ImportError) as error:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import cli
+from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
-from runtime.files import check_writable
 from runtime.render import Drawing
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
-    from runtime.png import Rows
-    from runtime.request import Label
+    from runtime.images.png import Rows
+    from runtime.pipeline.pipeline import Pipeline
+    from runtime.sampling.request import Label
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
@@ -88,7 +88,7 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
     """The images asked for: options over a PNG's metadata over the defaults."""
     made = dict(DEFAULTS)
     if args.from_png is not None:
-        from runtime.images import read_metadata
+        from runtime.images.pixels import read_metadata
 
         metadata = read_metadata(args.from_png)
         made = repeated(args.from_png, metadata)
@@ -157,7 +157,7 @@ def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
 
 def generate(args: argparse.Namespace) -> None:
     """Check the request and the output, then draw batch after batch."""
-    from runtime.request import Request
+    from runtime.sampling.request import Request
 
     wanted = request(args)
     pipeline = cli.open_bundle(args)
@@ -221,7 +221,7 @@ def check_state(path: Path) -> None:
 
 def check_bundle(pipeline: "Pipeline", png: Path) -> None:
     """Raise ArtefactError where a PNG was made by another checkpoint than this bundle's."""
-    from runtime.images import read_metadata
+    from runtime.images.pixels import read_metadata
 
     made, here = (
         read_metadata(png).get("checkpoint"),
@@ -258,7 +258,7 @@ def draw(
     import numpy as np
     from tqdm import tqdm
 
-    from runtime.request import Request
+    from runtime.sampling.request import Request
 
     pipeline = drawing.pipeline
     latents: list[Any] = []  # [1, C, H, W] of each image

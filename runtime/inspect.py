@@ -12,7 +12,7 @@ from runtime import cli
 from runtime.errors import ArtefactError, ResourceError
 
 if TYPE_CHECKING:
-    from runtime.manifest import GraphSpec, Manifest, PlanSpec
+    from runtime.bundle.manifest import GraphSpec, Manifest, PlanSpec
 
 WIDTH = 100
 HEIGHT_WIDTH = ("height", "width")
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
 
 def inspect(args: argparse.Namespace) -> None:
     """Print the bundle; raises ArtefactError after that where a file of it is not whole."""
-    from runtime.manifest import REBUILD, find_bundle, read_manifest
+    from runtime.bundle.manifest import REBUILD, find_bundle, read_manifest
 
     manifest = read_manifest(find_bundle(args.bundle), args.expect_sha256)
     states = file_states(manifest)

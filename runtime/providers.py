@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runtime.bundle.profiles import Profile
 from runtime.errors import UsageError
-from runtime.profiles import Profile
 
 if TYPE_CHECKING:
-    from runtime.manifest import GraphSpec
+    from runtime.bundle.manifest import GraphSpec
 
 
 @dataclass(frozen=True)

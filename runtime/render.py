@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import cli
+from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
-from runtime.files import check_writable
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
-    from runtime.png import Rows
-    from runtime.state import DecodeState
+    from runtime.bundle.state import DecodeState
+    from runtime.images.png import Rows
+    from runtime.pipeline.pipeline import Pipeline
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
 
 def render(args: argparse.Namespace) -> None:
     """Load the state, draw the window asked for, band by band."""
-    from runtime.state import DecodeState
-    from runtime.tiles import window_of
+    from runtime.bundle.state import DecodeState
+    from runtime.pipeline.tiles import window_of
 
     height, width = args.size
     out = cli.png_name(args.out or args.state.with_name(f"{args.state.stem}-{height}x{width}.png"))
@@ -84,7 +84,7 @@ class Drawing:
         exact: bool,
         memory: int | None,
     ):
-        from runtime.tiles import window_of
+        from runtime.pipeline.tiles import window_of
 
         pipeline.check_size("r2ir_decode", size, batch=1)
         self.pipeline, self.size, self.crop = pipeline, size, crop
@@ -93,7 +93,7 @@ class Drawing:
 
     def check(self, state: "DecodeState | None" = None, source: str = "") -> None:
         """Open every graph that drawing needs; raises ArtefactError or ResourceError."""
-        from runtime.tiles import check_memory
+        from runtime.pipeline.tiles import check_memory
 
         config = self.pipeline.model.r2ir
         if state is not None:
@@ -107,7 +107,7 @@ class Drawing:
 
     def bands(self, state: "DecodeState", index: int = 0) -> "Iterator[Rows]":
         """One image of a state as uint8 bands `[n, w, c]` from the top."""
-        from runtime.images import to_uint8
+        from runtime.images.pixels import to_uint8
 
         yield from map(
             to_uint8,
@@ -120,7 +120,7 @@ class Drawing:
         """Write images as one PNG, a contact sheet of `columns`, as they are drawn."""
         from tqdm import tqdm
 
-        from runtime.images import save_rows, sheet_rows, sheet_size
+        from runtime.images.pixels import save_rows, sheet_rows, sheet_size
 
         height, width = sheet_size(len(images), columns, (self.window.height, self.window.width))
         channels = self.pipeline.model.r2ir.color_channels

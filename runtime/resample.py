@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from runtime import cli
-from runtime.files import check_writable
+from runtime.bundle.files import check_writable
 from runtime.render import Drawing
 
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
 def resample(args: argparse.Namespace) -> None:
     """Encode the image by tiles, decode it by tiles at the new size into the file."""
-    from runtime.images import ImageFile
+    from runtime.images.pixels import ImageFile
 
     height, width = args.size
     out = cli.png_name(args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png"))

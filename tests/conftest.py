@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from runtime.files import TEMPORARY_PREFIX
-from runtime.manifest import Array
-from runtime.pipeline import Pipeline
+from runtime.bundle.files import TEMPORARY_PREFIX
+from runtime.bundle.manifest import Array
+from runtime.pipeline.pipeline import Pipeline
 
 # A machine that is busy with other things is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from runtime.bundle.manifest import TO_PLAN, Array, Manifest
 from runtime.errors import ArtefactError, IncompatibleError
-from runtime.manifest import TO_PLAN, Array, Manifest
 from runtime.providers import check_options, profile_options, span
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.bundle.manifest import Array
 from runtime.errors import IncompatibleError, ResourceError
-from runtime.manifest import Array
 
 
 def load_cuda() -> Any:

@@ -9,8 +9,8 @@ Source of the field numbers: onnx.proto of ONNX 1.23.
 
 from collections.abc import Iterator
 
+from runtime.bundle.manifest import REBUILD
 from runtime.errors import ArtefactError
-from runtime.manifest import REBUILD
 
 # message -> field number -> the message in that field
 FIELDS = {

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
-from runtime.manifest import REBUILD, Array, GraphSpec
 from runtime.memory import memory_error
 from runtime.providers import PROVIDERS, Provider
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
-from runtime.manifest import REBUILD, Array, GraphSpec
 from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from runtime.bundle.files import atomic_write, exclusive
+from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
+from runtime.bundle.profiles import choose
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
-from runtime.files import atomic_write, exclusive
-from runtime.manifest import Array, GraphSpec, PlanSpec, TensorSpec
-from runtime.profiles import choose
 
 STEP_GRAPH = "r2id"
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory allocation", "bad_alloc")

@@ -17,7 +17,7 @@ from benchmarks.profile import (
     draw,
     node_times,
 )
-from runtime.manifest import relative_error
+from runtime.bundle.manifest import relative_error
 
 
 def test_nodes_are_counted_once_and_the_first_steps_not_at_all() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.contenders import Contender, measure
 from benchmarks.rewrites import CHUNKED, HOISTED, PATCHED, SHARED, TOLERANCE, WHOLE, prepare
-from runtime.manifest import relative_error
+from runtime.bundle.manifest import relative_error
 
 
 def test_every_form_computes_the_same(tmp_path: Path) -> None:

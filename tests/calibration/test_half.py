@@ -11,13 +11,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from calibration import half
 from calibration.samples import HEAVY, Arrays, Samples
+from runtime.bundle.files import LOCK_NAME, TEMPORARY_PREFIX
+from runtime.bundle.manifest import GraphSpec, Manifest, read_manifest
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.errors import ArtefactError
-from runtime.files import LOCK_NAME, TEMPORARY_PREFIX
-from runtime.images import read_metadata
-from runtime.manifest import GraphSpec, Manifest, read_manifest
-from runtime.pipeline import open_bundle
+from runtime.images.pixels import read_metadata
+from runtime.pipeline.pipeline import open_bundle
 from tests.conftest import Command
 
 HALF_TYPES = set(half.HALVES.values())

@@ -17,14 +17,14 @@ from calibration.choices import Probe, choose
 from calibration.half import half_tensors, moving_axes
 from calibration.quantize import FORMS, Layer, layers, quantized, token_ranges
 from calibration.samples import HEAVY, Sample, Samples, Settings, calibration_set, load
+from runtime.bundle.files import TEMPORARY_PREFIX
+from runtime.bundle.manifest import Array, GraphSpec, Manifest, read_manifest
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
-from runtime.files import TEMPORARY_PREFIX
-from runtime.images import read_metadata
-from runtime.manifest import Array, GraphSpec, Manifest, read_manifest
-from runtime.pipeline import open_bundle
-from runtime.request import Request
+from runtime.images.pixels import read_metadata
+from runtime.pipeline.pipeline import open_bundle
+from runtime.sampling.request import Request
 from tests.conftest import Command
 
 

@@ -8,11 +8,11 @@ import pytest
 
 from calibration import digits, report
 from calibration.samples import HEAVY
+from runtime.bundle.manifest import read_manifest
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError
-from runtime.images import read_metadata
-from runtime.manifest import read_manifest
-from runtime.pipeline import open_bundle
+from runtime.images.pixels import read_metadata
+from runtime.pipeline.pipeline import open_bundle
 from tests.conftest import Command
 
 

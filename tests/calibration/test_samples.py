@@ -9,10 +9,10 @@ import pytest
 
 from calibration import samples
 from calibration.samples import HEAVY, Settings, calibration_set, coverage, fingerprint
+from runtime.bundle.manifest import read_manifest
 from runtime.errors import ArtefactError
-from runtime.manifest import read_manifest
-from runtime.pipeline import Pipeline
-from runtime.request import Request
+from runtime.pipeline.pipeline import Pipeline
+from runtime.sampling.request import Request
 from tests.conftest import Command
 
 FEW = Settings(

@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 
 from export.chunk import FEWEST_ROWS, chunk_ffn
+from runtime.bundle.manifest import Array, Manifest, read_manifest, relative_error
 from runtime.engines import EngineOptions, open_engine
-from runtime.manifest import Array, Manifest, read_manifest, relative_error
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import onnx
 import pytest
 import torch
 
-from export import graphs, to_onnx, verify
+from export import to_onnx, verify
+from export.families.r2 import graphs
 from reference import checkpoint
+from runtime.bundle.manifest import read_manifest, relative_error
 from runtime.coordinates import grid
 from runtime.errors import ArtefactError
-from runtime.manifest import read_manifest, relative_error
 from tests.conftest import Command
 from tests.tiny import tiny_models
 

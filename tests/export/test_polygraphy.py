@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from runtime.manifest import Manifest, read_manifest
+from runtime.bundle.manifest import Manifest, read_manifest
 
 polygraphy = pytest.importorskip("polygraphy", reason="Polygraphy: pip install '.[export]'")
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx  # noqa: E402

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.profiles import Ranges, SizeRange, _splits, expected_slowdown, plan_profiles
+from runtime.bundle.manifest import read_manifest
+from runtime.bundle.profiles import Cost, Profile, choose, covers, tokens
 from runtime.errors import UsageError
-from runtime.manifest import read_manifest
-from runtime.profiles import Cost, Profile, choose, covers, tokens
 from tests.conftest import TINY
 
 SPANS = st.tuples(st.integers(1, 80), st.integers(0, 120)).map(lambda s: (s[0], s[0] + s[1]))

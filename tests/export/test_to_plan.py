@@ -17,12 +17,12 @@ from onnx import TensorProto, helper
 
 from export import plans, to_plan
 from export.profiles import SizeRange
-from runtime import ddim
+from runtime.bundle.files import exclusive, sha256
+from runtime.bundle.manifest import GraphSpec, TensorSpec, read_manifest
 from runtime.engines.tensorrt import plan_interface
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, UsageError
-from runtime.files import exclusive, sha256
-from runtime.manifest import GraphSpec, TensorSpec, read_manifest
-from runtime.schedule import sampling_alpha_bar
+from runtime.sampling import ddim
+from runtime.sampling.schedule import sampling_alpha_bar
 from tests.conftest import ROOT, Command
 
 library = pytest.importorskip(

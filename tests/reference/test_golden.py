@@ -12,8 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reference import checkpoint, published
-from reference.embeddings import PositionFeatures, TimeFeatures
-from runtime import coordinates, ddim, schedule
+from reference.families.parts.embeddings import PositionFeatures, TimeFeatures
+from runtime import coordinates
+from runtime.sampling import ddim, schedule
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 TOLERANCE = 5e-5  # the last bit of a coordinate shows at the top frequencies

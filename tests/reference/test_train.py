@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reference import checkpoint
-from reference.initialisation import cell_centres, initialise_r2ir
-from reference.layers import LinearAttention
-from reference.r2ir import R2IR, grid_tokens
-from reference.tasks import canvas, draw_size, jittered
+from reference.families.parts.layers import LinearAttention
+from reference.families.r2.initialisation import cell_centres, initialise_r2ir
+from reference.families.r2.r2ir import R2IR, grid_tokens
+from reference.families.r2.training import canvas, draw_size, jittered
 from reference.train import CONFIGS, build_models, read_config
 from runtime.config import ModelConfig
 from runtime.errors import UsageError

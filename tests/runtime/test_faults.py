@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime import open_bundle
+from runtime.bundle.files import sha256
+from runtime.bundle.manifest import GraphSpec, TensorSpec, read_manifest
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import ArtefactError
-from runtime.files import sha256
-from runtime.manifest import GraphSpec, TensorSpec, read_manifest
-from runtime.pipeline import Pipeline
+from runtime.pipeline.pipeline import Pipeline
 from tests.conftest import ROOT, Command
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc as on Linux")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from runtime.bundle.files import Measures, atomic_write, check_writable, remove_stale
 from runtime.errors import ResourceError
-from runtime.files import Measures, atomic_write, check_writable, remove_stale
 from tests.conftest import Command
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.manifest import read_manifest
+from runtime.bundle.manifest import read_manifest
 from runtime.providers import PROVIDERS
 from tests.conftest import ROOT, Command
 from tests.runtime.test_providers import plan

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from runtime import generate
-from runtime.noise import DEPTH, KINDS, NoiseStreams, haar_axis, philox, refine, spread
+from runtime.sampling.noise import DEPTH, KINDS, NoiseStreams, haar_axis, philox, refine, spread
 
 SIZES = [(1, 1), (8, 8), (16, 16), (12, 20), (9, 16), (17, 5), (1, 30), (100, 100)]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +147,7 @@ def test_seeds_indices_draws_and_channels_are_independent(kind: str) -> None:
 
 def test_tiles_of_a_large_latent_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = NoiseStreams(1, [0], (5, 30, 47)).draw()
-    monkeypatch.setattr("runtime.noise.TILE", 9)
+    monkeypatch.setattr("runtime.sampling.noise.TILE", 9)
     tiles = NoiseStreams(1, [0], (5, 30, 47))
     assert tiles.field is not None and len(tiles.field.columns) == 6
     np.testing.assert_allclose(tiles.draw(), whole, atol=1e-5)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import ddim, schedule
 from runtime.coordinates import MARGIN, grid
 from runtime.errors import NumericalError, UsageError
+from runtime.sampling import ddim, schedule
 
 SIDES = st.integers(1, 40)
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from runtime import open_bundle
+from runtime.bundle.files import sha256
+from runtime.bundle.manifest import Array, Manifest, read_manifest, relative_error
 from runtime.engines import EngineOptions, open_engine
 from runtime.engines.openvino import IN_BF16, OWN_FORMS, OpenVinoEngine, load_core
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
-from runtime.files import sha256
-from runtime.images import read_metadata
-from runtime.manifest import Array, Manifest, read_manifest, relative_error
-from runtime.pipeline import Pipeline
+from runtime.images.pixels import read_metadata
+from runtime.pipeline.pipeline import Pipeline
 from tests.conftest import ROOT, Command
 from tests.runtime.test_faults import LINUX, field, model, spec_of, tensor
 

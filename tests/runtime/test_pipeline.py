@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import ddim, open_bundle, schedule
+from runtime import open_bundle
+from runtime.bundle.files import sha256
+from runtime.bundle.manifest import Array, Manifest, read_manifest
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
-from runtime.files import sha256
-from runtime.manifest import Array, Manifest, read_manifest
-from runtime.noise import NoiseStreams, spread
-from runtime.pipeline import Pipeline
-from runtime.request import Label, Request
+from runtime.pipeline.pipeline import Pipeline
+from runtime.sampling import ddim, schedule
+from runtime.sampling.noise import NoiseStreams, spread
+from runtime.sampling.request import Label, Request
 from tests.conftest import poison_film
 
 SINGLE = EngineOptions(threads=1)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import ArtefactError
-from runtime.images import ImageFile
-from runtime.png import PngWriter, filtered, open_rows, read_text, unfilter
+from runtime.images.pixels import ImageFile
+from runtime.images.png import PngWriter, filtered, open_rows, read_text, unfilter
 
 NAME = Path("name.png")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from runtime import open_bundle
+from runtime.bundle.manifest import GraphSpec, PlanSpec, read_manifest
 from runtime.engines import EngineOptions, open_engine
 from runtime.engines import onnxruntime as engine_module
 from runtime.errors import IncompatibleError, UsageError
-from runtime.images import read_metadata
-from runtime.manifest import GraphSpec, PlanSpec, read_manifest
+from runtime.images.pixels import read_metadata
 from runtime.providers import PROVIDERS, Provider, profile_options, span
 from tests.conftest import Command
 

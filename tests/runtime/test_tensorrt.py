@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from runtime import open_bundle
+from runtime.bundle.files import exclusive, sha256
+from runtime.bundle.manifest import Manifest, PlanSpec, read_manifest, relative_error
 from runtime.engines import EngineOptions, SamplingEngine, cuda, tensorrt
 from runtime.errors import (
     ArtefactError,
@@ -23,10 +25,8 @@ from runtime.errors import (
     ResourceError,
     UsageError,
 )
-from runtime.files import exclusive, sha256
-from runtime.manifest import Manifest, PlanSpec, read_manifest, relative_error
-from runtime.pipeline import Pipeline
-from runtime.request import Request
+from runtime.pipeline.pipeline import Pipeline
+from runtime.sampling.request import Request
 from tests.conftest import Command, poison_film
 from tests.runtime.simulated import Cuda, Library
 

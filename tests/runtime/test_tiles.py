@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import open_bundle, tiles
+from runtime import open_bundle
+from runtime.bundle.state import DecodeState
 from runtime.coordinates import Grid, grid
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, ResourceError, UsageError
 from runtime.memory import resident
-from runtime.pipeline import Pipeline
-from runtime.state import DecodeState
-from runtime.tiles import Resampler, bands, sample_places, window_of
+from runtime.pipeline import tiles
+from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.tiles import Resampler, bands, sample_places, window_of
 
 SIDES = st.integers(1, 60)
 SINGLE = EngineOptions(threads=1)
@@ -120,7 +121,7 @@ def test_little_memory_changes_no_pixel(
 ) -> None:
     """Where the sample does not fit at once its ratios are counted in passes over its parts."""
     pipeline, opened = open_bundle(tiny_bundle, SINGLE), ("r2ir_decode", "fp32")
-    monkeypatch.setattr("runtime.pipeline.resident", lambda: 1000)
+    monkeypatch.setattr("runtime.pipeline.pipeline.resident", lambda: 1000)
     for size in ((31, 40), LARGE):
         wanted = pipeline.decode(latent, size)
         decode = pipeline.engine("r2ir_decode")

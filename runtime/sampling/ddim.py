@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from runtime.errors import NumericalError, UsageError
-from runtime.schedule import sampling_alpha_bar
+from runtime.sampling.schedule import sampling_alpha_bar
 
 EPSILON = 1e-6
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.files import atomic_write, read_bytes, sha256
 from runtime.config import ModelConfig
 from runtime.errors import ArtefactError, UsageError
-from runtime.files import atomic_write, read_bytes, sha256
 
 FORMAT = 2
 FILE_NAME = "manifest.json"

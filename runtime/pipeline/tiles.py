@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.manifest import Array
 from runtime.coordinates import Grid
 from runtime.engines import Engine
 from runtime.errors import ResourceError, UsageError
-from runtime.manifest import Array
 from runtime.memory import resident
 
 Size = tuple[int, int]

@@ -7,9 +7,9 @@ T text tokens, f film width.
 import torch
 from torch import Tensor, nn
 
-from reference.embeddings import PositionFeatures, TimeFeatures
-from reference.layers import FFN, AdaLN, LinearAttention, scale
-from reference.r2ir import grid_from_tokens, grid_tokens, tokens_from_grid
+from reference.families.parts.embeddings import PositionFeatures, TimeFeatures
+from reference.families.parts.layers import FFN, AdaLN, LinearAttention, scale
+from reference.families.r2.r2ir import grid_from_tokens, grid_tokens, tokens_from_grid
 from runtime.config import R2IDConfig
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime import ddim, schedule
+from runtime.bundle.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
+from runtime.bundle.profiles import choose
+from runtime.bundle.state import DecodeState
 from runtime.coordinates import grid
 from runtime.engines import (
     Engine,
@@ -25,14 +27,8 @@ from runtime.engines import (
     open_engine,
 )
 from runtime.errors import ArtefactError, UsageError
-from runtime.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
 from runtime.memory import resident
-from runtime.noise import COHERENT, NoiseStreams, refine
-from runtime.profiles import choose
-from runtime.providers import PROVIDERS
-from runtime.request import Label, Request
-from runtime.state import DecodeState
-from runtime.tiles import (
+from runtime.pipeline.tiles import (
     DEFAULT_ROOM,
     Read,
     Resampler,
@@ -42,6 +38,10 @@ from runtime.tiles import (
     window_of,
     windows_of,
 )
+from runtime.providers import PROVIDERS
+from runtime.sampling import ddim, schedule
+from runtime.sampling.noise import COHERENT, NoiseStreams, refine
+from runtime.sampling.request import Label, Request
 
 Crop = tuple[int, int, int, int]
 # eps enters x0 divided by sqrt(alpha_bar): at 1e-6, where a trajectory starts, its error comes out

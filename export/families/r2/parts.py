@@ -15,14 +15,14 @@ All exact but for rounding:
 - Cross-attention to T text tokens has rank T per head: keys and values meet once per prompt.
 - Residual scales go into the weights before them.
 
-Letters as in `export/graphs.py`.
+Letters as in `graphs.py`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.layers import ATTENTION_EPSILON, FFN, GRN_EPSILON, LinearAttention
+from reference.families.parts.layers import ATTENTION_EPSILON, FFN, GRN_EPSILON, LinearAttention
 
 
 def positive(x: Tensor) -> Tensor:

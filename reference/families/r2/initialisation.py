@@ -15,9 +15,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reference.layers import LinearAttention
-from reference.r2id import R2ID
-from reference.r2ir import R2IR
+from reference.families.parts.layers import LinearAttention
+from reference.families.r2.r2id import R2ID
+from reference.families.r2.r2ir import R2IR
 
 R2IR_CELL_GAIN = 6.0  # sharpness of the bumps: gain of the query and key LayerNorm
 R2ID_CELL_GAIN = 4.0

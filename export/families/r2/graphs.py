@@ -1,7 +1,7 @@
 """The modules that are exported: the reference's mathematics with nothing computed twice.
 
 What lives as long as a size, a schedule, a prompt or an image has a graph of its own, so that the
-step graph holds only what changes with every step. The rewrites are in `export/parts.py`.
+step graph holds only what changes with every step. The rewrites are in `parts.py` beside it.
 
 Letters: B batch, K conditions, L blocks, N query and P memory tokens, d width, a heads of size e,
 T text tokens, C latent channels, c colours, S schedule points, F film values per point.
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from export.parts import (
+from export.families.r2.parts import (
     Attention,
     CrossAttention,
     Projection,
@@ -23,9 +23,9 @@ from export.parts import (
     tokens_of,
 )
 from reference.checkpoint import Models
-from reference.layers import AdaLN
-from reference.r2id import DecoderBlock, EncoderBlock
-from reference.r2ir import Block
+from reference.families.parts.layers import AdaLN
+from reference.families.r2.r2id import DecoderBlock, EncoderBlock
+from reference.families.r2.r2ir import Block
 
 
 class ResamplerBlock(nn.Module):

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import UsageError
-from runtime.noise import COHERENT, KINDS, LARGEST_SEED
-from runtime.tiles import Size
+from runtime.pipeline.tiles import Size
+from runtime.sampling.noise import COHERENT, KINDS, LARGEST_SEED
 
 # One image's condition: a label's number, several with weights, or None for no condition.
 Label = int | Mapping[int, float] | None

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from reference import checkpoint
 from reference.data import fit
-from reference.r2id import R2ID
-from reference.r2ir import R2IR, grid_tokens, tokens_from_grid
-from reference.text import LabelCondition
-from runtime import schedule
+from reference.families.r2.r2id import R2ID
+from reference.families.r2.r2ir import R2IR, grid_tokens, tokens_from_grid
+from reference.families.r2.text import LabelCondition
+from runtime.sampling import schedule
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ N query tokens, M memory tokens. Pixels and latents live in [-1, 1].
 import torch
 from torch import Tensor, nn
 
-from reference.embeddings import PositionFeatures
-from reference.layers import FFN, GRN, LinearAttention, scale
+from reference.families.parts.embeddings import PositionFeatures
+from reference.families.parts.layers import FFN, GRN, LinearAttention, scale
 from runtime.config import R2IRConfig
 from runtime.coordinates import grid
 

@@ -8,9 +8,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.files import atomic_write, open_file
 from runtime.errors import ArtefactError, UsageError
-from runtime.files import atomic_write, open_file
-from runtime.png import PngWriter, Rows, open_rows, read_text
+from runtime.images.png import PngWriter, Rows, open_rows, read_text
 
 METADATA_KEY = "r2"
 SHEET_GAP = 2  # pixels between the images of a contact sheet

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.files import atomic_write, open_file
 from runtime.errors import ArtefactError
-from runtime.files import atomic_write, open_file
 
 KEYS = ("bundle", "k", "kv", "metadata")
 LARGEST_STATE = 1 << 32  # bytes of a state's file, unpacked

@@ -1,0 +1,1 @@
+"""The graphs of R2IR and R2ID."""

@@ -1,0 +1,1 @@
+"""What a bundle is on disk: manifest, hashes, whole files, plan profiles, decode states."""

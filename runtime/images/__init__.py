@@ -1,0 +1,1 @@
+"""Pixels and files: ranges, PNG in rows, metadata, contact sheets."""

@@ -1,0 +1,1 @@
+"""A bundle opened: engines by graph, diffusion, tiles."""

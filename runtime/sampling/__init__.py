@@ -1,0 +1,1 @@
+"""From noise to a latent: requests, schedules, the sampling loop, noise."""
