@@ -14,11 +14,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from reference.families.r2.config import ModelConfig
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR
 from reference.families.r2.text import LabelCondition
 from runtime.bundle.files import atomic_write, read_bytes, sha256
-from runtime.config import ModelConfig
 from runtime.errors import ArtefactError
 from runtime.sampling import ddim, schedule
 

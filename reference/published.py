@@ -4,6 +4,7 @@ python -m reference.published r2ir.pt r2id.pt text.pt out.safetensors
 """
 
 import argparse
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from reference import checkpoint
 from reference.families.parts.embeddings import frequencies
+from reference.families.r2.config import ConditionConfig, ModelConfig, R2IDConfig, R2IRConfig
 from runtime import cli
 from runtime.bundle.files import check_writable, read_bytes, sha256
-from runtime.config import ConditionConfig, ModelConfig, R2IDConfig, R2IRConfig
 from runtime.errors import ArtefactError, UsageError
 
 # Published key (left) to ours (right), in the order in which they are tried.
@@ -118,21 +119,28 @@ class Shapes:
         numbers = {int(match[1]) for key in self.state if (match := pattern.match(key))}
         return len(numbers)
 
-    def low(self, key: str, high: int) -> int:
-        """Low frequencies: what is left of all of them, checked against the stored values."""
-        low = self.at(key, 0) - high
-        if low < 0 or not torch.allclose(self.state[key], frequencies(high, low)):
-            raise UsageError(
-                f"{self.path}: {key} does not begin at π/2^{low}, as {high} high frequencies "
-                f"of {low + high} would have it. Give the high frequencies of this model"
+    def split(self, key: str) -> tuple[int, int]:
+        """High and low frequencies: the stored ones are π·2^n, of which the first is π/2^low."""
+        count = self.at(key, 0)
+        first = float(self.state[key].flatten()[0]) if count else math.pi
+        low = round(-math.log2(first / math.pi)) if first > 0 else -1
+        if not 0 <= low <= count or not torch.allclose(
+            self.state[key], frequencies(count - low, low)
+        ):
+            raise ArtefactError(
+                f"{self.path}: {key} holds {self.state[key].tolist()}; expected octaves of π that "
+                "begin at π or below it. Pass a published checkpoint"
             )
-        return low
+        return count - low, low
 
 
 def config_from_shapes(shapes: dict[str, Shapes], args: argparse.Namespace) -> ModelConfig:
-    """The configuration, as far as shapes tell; heads and frequency splits are options."""
+    """The configuration, as far as shapes and stored frequencies tell; heads are options."""
     r2ir, r2id, text = (shapes[part] for part in ("r2ir", "r2id", "condition"))
     width = r2id.at("proj_to_latent.weight", 0)
+    ir_high, ir_low = r2ir.split("pos_embed.frequencies")
+    id_high, id_low = r2id.split("pos_embed.frequencies")
+    time_high, time_low = r2id.split("time_embed.frequencies")
     return ModelConfig(
         name=args.name,
         r2ir=R2IRConfig(
@@ -142,8 +150,8 @@ def config_from_shapes(shapes: dict[str, Shapes], args: argparse.Namespace) -> M
             encoder_blocks=r2ir.blocks("enc_blocks"),
             decoder_blocks=r2ir.blocks("dec_blocks"),
             heads=args.r2ir_heads,
-            high_frequencies=args.high_frequencies,
-            low_frequencies=r2ir.low("pos_embed.frequencies", args.high_frequencies),
+            high_frequencies=ir_high,
+            low_frequencies=ir_low,
         ),
         r2id=R2IDConfig(
             latent_channels=r2id.at("latent_to_epsilon.weight", 0),
@@ -151,10 +159,10 @@ def config_from_shapes(shapes: dict[str, Shapes], args: argparse.Namespace) -> M
             encoder_blocks=r2id.blocks("enc_blocks"),
             decoder_blocks=r2id.blocks("dec_blocks"),
             heads=args.r2id_heads,
-            high_frequencies=args.high_frequencies,
-            low_frequencies=r2id.low("pos_embed.frequencies", args.high_frequencies),
-            time_high_frequencies=args.time_high_frequencies,
-            time_low_frequencies=r2id.low("time_embed.frequencies", args.time_high_frequencies),
+            high_frequencies=id_high,
+            low_frequencies=id_low,
+            time_high_frequencies=time_high,
+            time_low_frequencies=time_low,
             film_dim=r2id.at("film_proj.0.weight", 0),
         ),
         condition=ConditionConfig(
@@ -196,12 +204,10 @@ def parser() -> argparse.ArgumentParser:
     options: list[tuple[str, Any, str]] = [
         ("r2ir-heads", 6, "attention heads of R2IR"),
         ("r2id-heads", 6, "attention heads of R2ID"),
-        ("high-frequencies", 10, "positional frequencies from π up"),
-        ("time-high-frequencies", 7, "time frequencies from π up"),
         ("pixels-per-latent", 8, "image pixels per latent cell in training"),
     ]
     for name, default, text in options:
-        kind = cli.number(0 if "frequencies" in name else 1, 1024, int)
+        kind = cli.number(1, 1024, int)
         p.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
     p.add_argument("--name", default="published", help="the model's name")
     return p

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from reference import checkpoint
 from reference.data import Images, load_folder, load_mnist
+from reference.families.r2.config import ModelConfig
 from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir
 from reference.families.r2.training import R2IDModels, R2IDTask, R2IRTask, Step, Task
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
-from runtime.config import ModelConfig
 from runtime.errors import NumericalError, UsageError
 
 CONFIGS = Path(__file__).parent / "configs"

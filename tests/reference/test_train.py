@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from reference import checkpoint
 from reference.families.parts.layers import LinearAttention
+from reference.families.r2.config import ModelConfig
 from reference.families.r2.initialisation import cell_centres, initialise_r2ir
 from reference.families.r2.r2ir import R2IR, grid_tokens
 from reference.families.r2.training import canvas, draw_size, jittered
 from reference.train import CONFIGS, build_models, read_config
-from runtime.config import ModelConfig
 from runtime.errors import UsageError
 from tests.conftest import ROOT, Command
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from runtime.config import ConditionConfig
+from reference.families.r2.config import ConditionConfig
 
 
 class LabelCondition(nn.Module):
