@@ -1,5 +1,6 @@
 """What each family hoists and how its graphs are written, registered here by its reference."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -7,8 +8,8 @@ from torch import Tensor
 from export.families.r2 import bundle as r2
 from export.to_onnx import GraphSource
 from reference import checkpoint
-from runtime.bundle.interface import Interface, Schedule
-from runtime.sampling import ddim
+from runtime.bundle.interface import Interface, ScheduleData
+from runtime.sampling.schedule import Floats
 
 
 class Family(Protocol):
@@ -22,12 +23,17 @@ class Family(Protocol):
         """Names, channels and the size rule; `labels` as the checkpoint names them, or none."""
         ...
 
-    def schedule(self, models: Any) -> Schedule:
+    def schedule(self, models: Any) -> ScheduleData:
         """The noise schedule to sample with."""
         ...
 
-    def denoiser(self, models: Any, conditions: Tensor, steps: int) -> ddim.Denoiser:
-        """The reference's eps for `ddim.sample`, under conditions `[K, B, labels]`."""
+    def denoiser(
+        self, models: Any, conditions: Tensor, alpha_bar: Floats
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The reference's eps `[K, B, C, H, W]` of x at a node of `alpha_bar`.
+
+        Under conditions `[K, B, labels]`.
+        """
         ...
 
     def decode(self, models: Any, latent: Tensor, size: tuple[int, int]) -> Tensor:

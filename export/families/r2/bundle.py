@@ -1,15 +1,16 @@
 """How R2 is exported: its graphs with their lifetimes, its interface, its reference pictures."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from export.families.r2 import graphs
 from export.to_onnx import GraphSource
 from reference.checkpoint import Models
-from runtime.bundle.interface import Cosine, Interface, Range
+from runtime.bundle.interface import CosineData, Interface, Range
 from runtime.bundle.manifest import Axis, Lifetime, TensorSpec
-from runtime.sampling import ddim
-from runtime.sampling.schedule import FLOOR, OFFSET
+from runtime.sampling.schedule import Floats
 
 SIDES = Range(1, 65536)
 # float32 arrays of R2IR's width that a graph holds per pixel at its peak, measured by
@@ -42,14 +43,16 @@ def interface(models: Models, labels: tuple[str, ...]) -> Interface:
     )
 
 
-def schedule(models: Models) -> Cosine:
+def schedule(models: Models) -> CosineData:
     """The schedule that every R2ID is trained with."""
-    return Cosine(OFFSET, FLOOR)
+    return CosineData()
 
 
-def denoiser(models: Models, conditions: Tensor, steps: int) -> ddim.Denoiser:
-    """The reference's eps for `ddim.sample`, under conditions `[K, B, labels]`."""
-    return models.denoiser(conditions, steps)
+def denoiser(
+    models: Models, conditions: Tensor, alpha_bar: Floats
+) -> Callable[[Tensor, int], Tensor]:
+    """The reference's eps of x at a node of `alpha_bar`, under conditions `[K, B, labels]`."""
+    return models.denoiser(conditions, alpha_bar)
 
 
 def decode(models: Models, latent: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from reference.data import fit
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, grid_tokens, tokens_from_grid
 from reference.families.r2.text import LabelCondition
-from runtime.sampling import schedule
+from runtime.sampling.schedule import COSINE
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class R2IDTask:
             shown = torch.rand(len(label), 1, device=device) >= c["condition_dropout"]
             label = (label * shown).unsqueeze(0)  # [1, B, labels]
         t = torch.rand(len(latent)).double().numpy()
-        alpha_bar = torch.from_numpy(schedule.alpha_bar(t)).float().to(device)
+        alpha_bar = torch.from_numpy(COSINE.alpha_bar(t)).float().to(device)
         a = alpha_bar.view(-1, 1, 1)
         eps = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * eps
