@@ -30,13 +30,15 @@ from runtime.bundle.manifest import (
     read_manifest,
 )
 from runtime.coordinates import grid
-from runtime.engines import EngineOptions
+from runtime.engines import Engine, EngineOptions
 from runtime.errors import ArtefactError, StoppedError, UsageError
 from runtime.pipeline.diffuser import Progress
+from runtime.pipeline.opened import Engines
 from runtime.sampling import solvers
 from runtime.sampling.guidance import guided
 from runtime.sampling.loop import sample
 from runtime.sampling.noise import NoiseStreams
+from runtime.sampling.request import Request
 from runtime.sampling.schedule import COSINE
 from tests.conftest import Command
 
@@ -228,6 +230,30 @@ def test_progress_tells_and_stops(bundle: Bundle) -> None:
     assert seen[2].x0.shape == (1, 3, 12, 9)
     np.testing.assert_array_equal(seen[2].decode(), np.clip(seen[2].x0, -1, 1))
     assert bundle.generate([0], steps=2).images.shape == (1, 3, 12, 9)
+
+
+def test_what_outlives_a_step_is_computed_once(invented: Path) -> None:
+    """A graph runs again where its size, schedule or prompt has changed, and only then."""
+    runs: list[str] = []
+
+    class Counting(Engines):
+        def open(self, graph: str, precision: str | None = None) -> Engine:
+            runs.append(graph)
+            return super().open(graph, precision)
+
+    bundle = Bundle(read_manifest(invented), engines=Counting(read_manifest(invented)))
+
+    def ran(**options: Any) -> list[str]:
+        request = Request(**{"labels": [1], "latent": (6, 6), "steps": 3, **options})
+        runs.clear()
+        bundle.diffuser.prepare(request, request.latent)
+        return [*runs]
+
+    assert ran() == ["geometry", "clock", "palette"]
+    assert ran() == [] and ran(seed=3) == []
+    assert ran(latent=(6, 9)) == ["geometry"]
+    assert ran(latent=(6, 9), steps=4) == ["clock"]
+    assert ran(latent=(6, 9), steps=4, labels=[2]) == ["palette"]
 
 
 def test_eight_threads_share_it(bundle: Bundle) -> None:
