@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array
-from runtime.cli import size_name
 from runtime.engines import EngineOptions
-from runtime.pipeline.pipeline import Pipeline, open_bundle
-from runtime.pipeline.tiles import Size
+from runtime.generate import checkpoint_of
+from runtime.pipeline.bundle import Bundle, open_bundle
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS
 from runtime.sampling.guidance import guidance
@@ -92,33 +92,33 @@ def contenders() -> dict[str, Callable[[Schedule, int], Table]]:
     }
 
 
-def draw(pipeline: Pipeline, size: Size, scale: float, pictures: int, table: Table) -> Array:
+def draw(bundle: Bundle, size: Size, scale: float, pictures: int, table: Table) -> Array:
     """Pixels `[pictures, c, h, w]` of a table at a latent size and guidance scale."""
-    count = pipeline.model.condition.labels
+    count = len(bundle.interface.labels)
     labels = [i % count for i in range(pictures)]
-    shape = (pipeline.model.r2id.latent_channels, *size)
+    shape = (bundle.interface.latent_channels, *size)
     made = []
     at_once = max(1, BATCH_TOKENS // (size[0] * size[1]))
     for first in range(0, pictures, at_once):
         own = range(first, min(first + at_once, pictures))
         weights = guidance([labels[i] for i in own], count, scale, np.zeros(len(table)))
-        predict = pipeline.predictor(weights, size, table)
+        predict = bundle.diffuser.predictor(weights, size, table)
         x = sample(predict, NoiseStreams(SEED, own, shape).draw(), table)
-        made.append(pipeline.decode(np.asarray(x, np.float32), pipeline.image_size(size)))
+        made.append(bundle.decode(np.asarray(x, np.float32), bundle.interface.image_size(size)))
     return np.concatenate(made)
 
 
 def measure(
-    pipeline: Pipeline, args: argparse.Namespace, chosen: dict[str, Any], evaluations: list[int]
+    bundle: Bundle, args: argparse.Namespace, chosen: dict[str, Any], evaluations: list[int]
 ) -> list[dict[str, Any]]:
     """A row per solver, number of evaluations, size and scale."""
     rows = []
-    schedule = pipeline.schedule
+    schedule = bundle.diffuser.schedule
     cases = [*product(args.sizes, args.guidance)]
     total = len(cases) * (args.reference + len(chosen) * sum(evaluations))
     with tqdm(total=total, desc="solvers", unit="step") as bar:
         for size, scale in cases:
-            given = (pipeline, size, scale, args.pictures)
+            given = (bundle, size, scale, args.pictures)
             wanted = draw(*given, reference(schedule, args.reference))
             bar.update(args.reference)
             for name, steps in product(chosen, evaluations):
@@ -175,16 +175,16 @@ def compare(args: argparse.Namespace) -> None:
         args.sizes, args.guidance = args.sizes[:1], [2.0]
         args.pictures, args.reference = min(args.pictures, 8), min(args.reference, 100)
     options = EngineOptions(args.provider, threads=args.threads)
-    pipeline = open_bundle(args.bundle, options)
+    bundle = open_bundle(args.bundle, options)
     chosen, evaluations = contenders(), args.evaluations or [*EVALUATIONS]
     default = f"{SOLVER}, {SOLVERS[SOLVER].spacing}"
     if args.default:
         chosen = {default: chosen[default]}
-    rows = measure(pipeline, args, chosen, evaluations)
+    rows = measure(bundle, args, chosen, evaluations)
     found = means(rows)
     about = {
-        "checkpoint": pipeline.manifest.checkpoint.get("sha256"),
-        "provider": pipeline.provider,
+        "checkpoint": checkpoint_of(bundle),
+        "provider": bundle.provider,
         "numpy": version("numpy"),
         "pictures": args.pictures,
         "reference_evaluations": args.reference,

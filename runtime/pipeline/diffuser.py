@@ -151,15 +151,15 @@ class Diffuser:
         self.step_engines(table)  # a damaged file shows before any work, not after it
         self.engines.open_all(self.kept)
         told = self.telling(request, on_step)
-        streams = self.noise(request, request.latent)
-        x = self.sample(streams.draw(), streams, request, told, (0, turn))
+        guidance, streams = self.guidance(request, table), self.noise(request, request.latent)
+        x = self.sample(streams.draw(), streams, table, guidance, told, (0, turn))
         if larger is None:
             return x
         self.engines.open_all(self.resampler.encoding(larger))
-        eps = self.predictor(request, request.latent)(x, turn)
+        eps = self.predictor(guidance, request.latent, table)(x, turn)
         streams = self.noise(request, larger)
         x = self.enlarge(x, eps, float(table.alpha_bar[turn]), streams.draw())
-        return self.sample(x, streams, request, told, (turn, len(table)))
+        return self.sample(x, streams, table, guidance, told, (turn, len(table)))
 
     def telling(self, request: Request, on_step: OnStep | None) -> StepCallback | None:
         """What a loop calls after a step: tells `on_step`, and raises StoppedError on its word."""
@@ -181,26 +181,26 @@ class Diffuser:
         self,
         x: Array,
         streams: NoiseStreams,
-        request: Request,
+        table: Table,
+        guidance: Guidance,
         on_step: StepCallback | None,
         part: tuple[int, int],
     ) -> NDArray[np.float32]:
-        """`x` `[B, C, H, W]` after steps of a request's table, on the device where it can stay.
+        """`x` `[B, C, H, W]` after steps of a table, on the device where it can stay.
 
         `part`: the first step and the one before which to stop.
         """
         size = (x.shape[2], x.shape[3])
-        table = request.table(self.schedule)
 
         def fresh(step: int) -> Array:
             return streams.draw(step + 1)
 
         engines = self.step_engines(table)
         if not all(isinstance(engine, SamplingEngine) for engine in engines):
-            predict = self.predictor(request, size)
+            predict = self.predictor(guidance, size, table)
             return np.asarray(sample(predict, x, table, fresh, on_step, *part), np.float32)
-        guidance, exact = self.guidance(request, table), self.exact_steps(table)
-        inputs = self.prepare(request, size)
+        exact = self.exact_steps(table)
+        inputs = self.inputs(guidance.conditions, size, table.alpha_bar)
         state = {LATENT: x} | {name: np.zeros_like(x) for name in (*HISTORY, "noise")}
         kinds = groupby(range(*part), lambda step: (step >= exact, guidance.branches(step)))
         for (later, branches), group in kinds:  # an engine and a number of conditions each
@@ -211,10 +211,9 @@ class Diffuser:
             state |= engine.sample({**state, **inputs.kept(branches)}, updates, on_step, steps[0])
         return state[LATENT]
 
-    def predictor(self, request: Request, latent: Size) -> Predictor:
-        """Guided eps of a request's steps with all that outlives one computed here."""
-        table = request.table(self.schedule)
-        guidance, inputs = self.guidance(request, table), self.prepare(request, latent)
+    def predictor(self, guidance: Guidance, latent: Size, table: Table) -> Predictor:
+        """Guided eps of a table's steps with all that outlives one computed here."""
+        inputs = self.inputs(guidance.conditions, latent, table.alpha_bar)
         exact, (first, engine) = self.exact_steps(table), self.step_engines(table)
 
         def predict(x: Array, step: int) -> Array:
