@@ -35,6 +35,8 @@ from reference.classifier import (
     trained_classifier,
 )
 from reference.data import Images, fit, load_mnist
+from reference.evaluation.drawing import TorchDrawing
+from reference.evaluation.judging import Judge, balanced, judgement_line, quick_judgement
 from reference.families.r2.training import canvas
 from runtime import cli
 from runtime.bundle.files import Measures, atomic_write
@@ -285,11 +287,35 @@ def draw_sheets(models: Models, test: Images, args: argparse.Namespace) -> None:
     save_png(args.out / "reconstructions.png", sheet, {"rows": "original, 4x4, 8x8, 16x16"})
 
 
-@torch.inference_mode()
+def judge_generation(args: argparse.Namespace) -> None:
+    """Print how good the digits of a few sizes are, drawn by the models themselves."""
+    models = checkpoint.load(args.checkpoint).models
+    train, test = load_mnist(args.data), load_mnist(args.data, "t10k")
+    classifier = trained_classifier(train, args.classifier or args.out / "classifier.safetensors")
+    with torch.inference_mode():
+        judge = Judge.of(classifier, test)
+        print(f"{'real digits':>20}  {judgement_line(judge(*balanced(train, args.digits)))}")
+    draw = TorchDrawing(models)
+    for size in args.sizes:
+        for guidance in (1.0, args.guidance):
+            found = quick_judgement(draw, judge, [size], args.digits, [guidance])
+            name = f"{size_name(size)} at guidance {guidance:g}"
+            print(f"{name:>20}  {judgement_line(found[size, guidance])}", flush=True)
+
+
 def evaluate(args: argparse.Namespace) -> None:
+    """Measure and draw what was asked for."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only == "generation":
+        judge_generation(args)
+    else:
+        evaluate_all(args)
+
+
+@torch.inference_mode()
+def evaluate_all(args: argparse.Namespace) -> None:
     """Measure and draw everything, the report growing with each part."""
     test = load_mnist(args.data, "t10k")
-    args.out.mkdir(parents=True, exist_ok=True)
     loaded = checkpoint.load(args.checkpoint)
     models, limit = loaded.models, min(args.images, len(test))
     args.graphs = open_graphs(args, loaded.sha256)
@@ -369,6 +395,9 @@ def main() -> None:
     p.add_argument("--digits", type=cli.number(10, 100_000, int), default=500, help="per size")
     p.add_argument("--steps", type=cli.number(1, 10_000, int), default=50, help="DDIM steps")
     p.add_argument("--guidance", type=cli.number(-100, 100), default=2.0)
+    p.add_argument("--only", choices=("generation",), help="judge drawn digits and print that")
+    p.add_argument("--sizes", type=cli.sizes, default=[(8, 8), (16, 9)], help="of --only's latents")
+    p.add_argument("--classifier", type=Path, help="its weights, made where they are not there")
     cli.run(evaluate, p)
 
 
