@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE, SEED
 from reference.families.r2.training import canvas
 from runtime.cli import size_name
+from runtime.pipeline.pipeline import Pipeline
 from runtime.sampling import schedule
 from runtime.sampling.ddim import guide, predict_x0
 from runtime.sampling.noise import COHERENT, NoiseStreams
@@ -22,6 +24,8 @@ TOKENS_AT_ONCE = 4000
 START, LAST = 0.995, 0.01  # times of the first and the last evaluation
 
 Size = tuple[int, int]
+# Called with the step, the labels' slice and the estimate of x0 `[B, C, H, W]`.
+OnEstimate = Callable[[int, slice, Tensor], object]
 
 
 def batches(count: int, size: Size) -> list[slice]:
@@ -31,56 +35,162 @@ def batches(count: int, size: Size) -> list[slice]:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """images `[B, c, h, w]` and latents `[B, C, H, W]`, on the CPU."""
+
+    images: Tensor
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How digits are drawn where a measure does not say otherwise."""
+
+    steps: int = 12
+    guidance_scale: float = 2.0
+
+
+class Drawing(Protocol):
+    """Draws digits, by the models themselves or by their graphs."""
+
+    sampling: Sampling
+
+    def __call__(
+        self,
+        labels: Tensor,
+        latent: Size,
+        image: Size | None = None,
+        guidance_scale: float | None = None,
+        noise: str = COHERENT,
+    ) -> Drawn:
+        """One digit per label `[B]`, image i from noise i of `SEED`.
+
+        `image` is by default of the latent's aspect, its shorter side `IMAGE_SIDE`.
+        """
+
+    def decode(self, latents: Tensor, image: Size) -> Tensor:
+        """Latents `[B, C, H, W]` -> images `[B, c, *image]`."""
+
+
+def in_batches(
+    draw: Callable[[slice, Callable[[int], object]], Drawn],
+    count: int,
+    latent: Size,
+    steps: int,
+    desc: str,
+) -> Drawn:
+    """What `draw(part, on_step)` makes of each of the `batches`, behind a progress bar."""
+    parts = batches(count, latent)
+    with tqdm(total=len(parts) * steps, desc=f"{size_name(latent)}{desc}", unit="step") as bar:
+        made = [draw(part, lambda _: bar.update()) for part in parts]
+    return Drawn(torch.cat([d.images for d in made]), torch.cat([d.latents for d in made]))
+
+
+@dataclass(frozen=True)
+class GraphDrawing:
+    """Draws with a bundle's graphs: what users run, and faster on a CPU."""
+
+    pipeline: Pipeline
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __call__(
+        self,
+        labels: Tensor,
+        latent: Size,
+        image: Size | None = None,
+        guidance_scale: float | None = None,
+        noise: str = COHERENT,
+        **more: Any,
+    ) -> Drawn:
+        """See `Drawing`; `more` is passed to `Pipeline.generate`."""
+        own = self.sampling
+        scale = own.guidance_scale if guidance_scale is None else guidance_scale
+
+        def draw(part: slice, on_step: Callable[[int], object]) -> Drawn:
+            made = self.pipeline.generate(
+                labels[part].tolist(),
+                latent,
+                image or canvas(latent, IMAGE_SIDE),
+                own.steps,
+                scale,
+                seed=SEED,
+                first_index=part.start,
+                on_step=on_step,
+                noise=noise,
+                **more,
+            )
+            return Drawn(torch.from_numpy(made.images), torch.from_numpy(made.latents))
+
+        return in_batches(draw, len(labels), latent, own.steps, f" at guidance {scale:g}")
+
+    def decode(self, latents: Tensor, image: Size) -> Tensor:
+        return torch.from_numpy(self.pipeline.decode(latents.numpy(), image))
+
+
+@dataclass(frozen=True)
 class TorchDrawing:
     """Draws with the models themselves, on their device."""
 
     models: Models
-    steps: int = 12
+    sampling: Sampling = field(default_factory=Sampling)
 
+    @torch.inference_mode()
     def __call__(
-        self, labels: Tensor, latent: Size, guidance: float, image: Size | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One digit per label `[B]`: images `[B, c, *image]` and latents `[B, C, *latent]`.
+        self,
+        labels: Tensor,
+        latent: Size,
+        image: Size | None = None,
+        guidance_scale: float | None = None,
+        noise: str = COHERENT,
+        on_estimate: OnEstimate | None = None,
+    ) -> Drawn:
+        """See `Drawing`; `on_estimate` sees x0 of every step, on the models' device."""
+        own = self.sampling
+        scale = own.guidance_scale if guidance_scale is None else guidance_scale
 
-        Both on the CPU; `image` is of the latent's aspect, its shorter side `IMAGE_SIDE`.
-        """
-        made: list[tuple[Tensor, Tensor]] = []
-        parts = batches(len(labels), latent)
-        desc = f"{size_name(latent)} at guidance {guidance:g}"
-        with tqdm(total=len(parts) * self.steps, desc=desc, unit="step") as bar:
-            for part in parts:
-                x0 = self._sample(labels, part, latent, guidance, bar.update)
-                shape = image or canvas(latent, IMAGE_SIDE)
-                made.append((self.models.r2ir.decode(x0, shape).cpu(), x0.cpu()))
-        images, latents = zip(*made, strict=True)
-        return torch.cat(images), torch.cat(latents)
+        def draw(part: slice, on_step: Callable[[int], object]) -> Drawn:
+            def each(step: int, x0: Tensor) -> None:
+                on_step(step)
+                if on_estimate is not None:
+                    on_estimate(step, part, x0)
+
+            x0 = self._sample(labels, part, latent, scale, noise, each)
+            return Drawn(self.decode(x0, image or canvas(latent, IMAGE_SIDE)), x0.cpu())
+
+        return in_batches(draw, len(labels), latent, own.steps, f" at guidance {scale:g}")
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, image: Size) -> Tensor:
+        device = next(self.models.parameters()).device
+        return self.models.r2ir.decode(latents.to(device), image).cpu()
 
     def _sample(
         self,
         labels: Tensor,
         part: slice,
         latent: Size,
-        guidance: float,
-        on_step: Callable[[], object],
+        scale: float,
+        noise: str,
+        each: Callable[[int, Tensor], object],
     ) -> Tensor:
         """x0 of `labels[part]`, by DPM-Solver++ of order 3 (Lu et al. 2022, arXiv 2211.01095)."""
         models = self.models
         device = next(models.parameters()).device
         own = F.one_hot(labels[part], models.config.condition.labels).float().to(device)
-        branches, weights = [own], [guidance]
-        if guidance != 1:
-            branches, weights = [torch.zeros_like(own), own], [1 - guidance, guidance]
+        branches, weights = [own], [scale]
+        if scale != 1:
+            branches, weights = [torch.zeros_like(own), own], [1 - scale, scale]
         text = models.condition(torch.stack(branches))
         shape = (models.config.r2id.latent_channels, *latent)
-        streams = NoiseStreams(SEED, range(part.start, part.stop), shape, COHERENT)
+        streams = NoiseStreams(SEED, range(part.start, part.stop), shape, noise)
         x = torch.from_numpy(streams.draw()).to(device)
-        grid = list(_alpha_bars(self.steps))
+        grid = list(_alpha_bars(self.sampling.steps))
         history: list[Tensor] = []
         for index, a in enumerate(grid):
             film = torch.full((len(x),), a, device=device)
             estimate = predict_x0(x, guide(models.r2id(x, film, text), weights), a)
-            on_step()
-            if index == self.steps - 1:
+            each(index, estimate)
+            if index == len(grid) - 1:
                 break
             history = [estimate, *history[:2]]
             x = _step(x, history, grid[max(0, index - 2) : index + 2])
