@@ -53,7 +53,9 @@ class Sampling:
 class Drawing(Protocol):
     """Draws digits, by the models themselves or by their graphs."""
 
-    sampling: Sampling
+    @property
+    def sampling(self) -> Sampling:
+        """How it draws by default."""
 
     def __call__(
         self,
