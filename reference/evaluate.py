@@ -23,9 +23,10 @@ import torch
 from reference import checkpoint
 from reference.checkpoint import SHIPPED, Checkpoint
 from reference.classifier import Classifier, accuracy, trained_classifier
-from reference.data import Images, load_mnist
+from reference.data import Images, load_mnist, load_painted_mnist
 from reference.evaluation import curves
-from reference.evaluation.drawing import Drawing, GraphDrawing, Sampling, Size, TorchDrawing
+from reference.evaluation.digits import Size
+from reference.evaluation.drawing import Drawing, GraphDrawing, Sampling, TorchDrawing
 from reference.evaluation.extent import QUICK, SQUARE, WHOLE, Extent
 from reference.evaluation.judging import Judge, Judgement, balanced, judged, trained_on
 from reference.evaluation.likeness import CONTINUED, continued, same_picture
@@ -61,7 +62,7 @@ class Evaluation:
     @property
     def itself(self) -> TorchDrawing:
         """Drawing by the models themselves, whose estimates on the way can be seen."""
-        return TorchDrawing(self.loaded.models, self.draw.sampling)
+        return TorchDrawing(self.loaded.models, self.draw.sampling, self.test.parts)
 
     def reconstruction(self) -> None:
         """What R2IR loses, per latent size."""
@@ -108,7 +109,7 @@ class Evaluation:
         size, digits = self.extent.scaled
 
         def measure() -> curves.Curve:
-            latents = self.draw(torch.arange(digits) % 10, size).latents
+            latents = self.draw(self.draw.labels(digits), size).latents
             return curves.scale_consistency(self.draw.decode, latents, self.extent.factors)
 
         self.report.take("scale_consistency", size_name(size), measure)
@@ -172,11 +173,24 @@ PARTS: dict[str, Callable[[Evaluation], None]] = {
 }
 
 
-def drawing(args: argparse.Namespace, loaded: Checkpoint) -> Drawing:
+def real_digits(args: argparse.Namespace, loaded: Checkpoint) -> tuple[Images, Images]:
+    """Training and test digits, painted where a checkpoint draws colours; UsageError for others."""
+    config = loaded.models.config
+    load = load_mnist if config.r2ir.color_channels == 1 else load_painted_mnist
+    train, test = load(args.data), load(args.data, "t10k")
+    if config.condition.labels != len(train.names):
+        raise UsageError(
+            f"{args.checkpoint}: draws {config.condition.labels} labels; expected the "
+            f"{len(train.names)} of MNIST's digits, which is what can be judged"
+        )
+    return train, test
+
+
+def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]) -> Drawing:
     """By the bundle of --bundle or by the models; UsageError for a bundle of another checkpoint."""
     sampling = Sampling(args.steps, args.guidance)
     if args.bundle is None:
-        return TorchDrawing(loaded.models, sampling)
+        return TorchDrawing(loaded.models, sampling, parts)
     graphs = open_bundle(args.bundle, EngineOptions(args.provider, precision=args.precision))
     found = graphs.manifest.checkpoint["sha256"]
     if found != loaded.sha256:
@@ -184,7 +198,7 @@ def drawing(args: argparse.Namespace, loaded: Checkpoint) -> Drawing:
             f"{args.bundle}: made from checkpoint {found}; expected {loaded.sha256}. Make it "
             f"again with: python -m export --checkpoint {args.checkpoint} --out {args.bundle}"
         )
-    return GraphDrawing(graphs, sampling)
+    return GraphDrawing(graphs, sampling, parts)
 
 
 def extent(args: argparse.Namespace) -> Extent:
@@ -202,8 +216,8 @@ def extent(args: argparse.Namespace) -> Extent:
 def evaluate(args: argparse.Namespace) -> None:
     """Measure and draw what was asked for, the report growing with each part."""
     loaded, own = checkpoint.load(args.checkpoint), extent(args)
-    draw = drawing(args, loaded)
-    train, test = load_mnist(args.data), load_mnist(args.data, "t10k")
+    train, test = real_digits(args, loaded)
+    draw = drawing(args, loaded, train.parts)
     args.out.mkdir(parents=True, exist_ok=True)
     classifier = trained_classifier(train, args.classifier or args.out / "classifier.safetensors")
     settings = {

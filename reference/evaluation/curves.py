@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE, SEED, Classifier, read
-from reference.data import Images, fit
-from reference.evaluation.drawing import Size, TorchDrawing, batches
+from reference.data import Images
+from reference.evaluation.digits import Size, conditions, digit_of, labels_of, shown
+from reference.evaluation.drawing import TorchDrawing, batches
 from reference.evaluation.measures import psnr, reduced, ssim
 from reference.families.r2.training import canvas
 from runtime.cli import size_name
@@ -30,7 +31,7 @@ def reconstruction(models: Models, test: Images, size: Size, limit: int) -> floa
     total = 0.0
     desc = f"reconstruction {size_name(size)}"
     for part in tqdm(batches(limit, (8, 8)), desc=desc, unit="batch"):
-        images = fit(test.pixels[part], *shape, test.pad)
+        images = shown(test, part, shape)
         found = models.r2ir.decode(models.r2ir.encode(images, size), shape)
         total += F.mse_loss(found, images).item() * len(images)
     return total / limit
@@ -39,10 +40,9 @@ def reconstruction(models: Models, test: Images, size: Size, limit: int) -> floa
 def eps_over_t(models: Models, test: Images, size: Size, limit: int) -> Curve:
     """eps MSE over t at latent `size`, under the null and under the true condition."""
     generator = torch.Generator().manual_seed(SEED)
-    images = fit(test.pixels[:limit], *canvas(size, IMAGE_SIDE), test.pad)
-    latent = models.r2ir.encode(images, size)
-    one_hot = F.one_hot(test.labels[:limit], models.config.condition.labels).float()
-    text = models.condition(torch.stack([torch.zeros_like(one_hot), one_hot]))
+    latent = models.r2ir.encode(shown(test, slice(limit), canvas(size, IMAGE_SIDE)), size)
+    own = conditions(labels_of(test, slice(limit)), models.config.condition.labels)
+    text = models.condition(torch.stack([torch.zeros_like(own), own]))
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: Curve = {"t": times, "null": [], "label": []}
     for t in tqdm(times, desc=f"eps over t {size_name(size)}", unit="t"):
@@ -76,12 +76,12 @@ def scale_consistency(
 
 def early_stop(draw: TorchDrawing, classifier: Classifier, size: Size, digits: int) -> Curve:
     """The share of digits read right in the estimate of x0 of each evaluation, decoded."""
-    labels = torch.arange(digits) % 10
+    labels = draw.labels(digits)
     right = torch.zeros(draw.sampling.steps)
 
     def on_estimate(step: int, part: slice, x0: Tensor) -> None:
         images = draw.decode(x0, canvas(size, IMAGE_SIDE))
-        right[step] += (read(classifier, images) == labels[part]).sum()
+        right[step] += (read(classifier, images) == digit_of(labels[part])).sum()
 
     draw(labels, size, on_estimate=on_estimate)
     shares = (right / digits).tolist()

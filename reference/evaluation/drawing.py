@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE, SEED
+from reference.evaluation.digits import DIGITS, Size, asked, conditions
 from reference.families.r2.training import canvas
 from runtime.cli import size_name
 from runtime.pipeline.pipeline import Pipeline
@@ -23,7 +23,6 @@ from runtime.sampling.noise import COHERENT, NoiseStreams
 TOKENS_AT_ONCE = 4000
 START, LAST = 0.995, 0.01  # times of the first and the last evaluation
 
-Size = tuple[int, int]
 # Called with the step, the labels' slice and the estimate of x0 `[B, C, H, W]`.
 OnEstimate = Callable[[int, slice, Tensor], object]
 
@@ -57,6 +56,9 @@ class Drawing(Protocol):
     def sampling(self) -> Sampling:
         """How it draws by default."""
 
+    def labels(self, count: int) -> Tensor:
+        """Labels of `count` digits to be asked for; see `reference.evaluation.digits`."""
+
     def __call__(
         self,
         labels: Tensor,
@@ -65,7 +67,7 @@ class Drawing(Protocol):
         guidance_scale: float | None = None,
         noise: str = COHERENT,
     ) -> Drawn:
-        """One digit per label `[B]`, image i from noise i of `SEED`.
+        """One digit per label, image i from noise i of `SEED`.
 
         `image` is by default of the latent's aspect, its shorter side `IMAGE_SIDE`.
         """
@@ -94,6 +96,10 @@ class GraphDrawing:
 
     pipeline: Pipeline
     sampling: Sampling = field(default_factory=Sampling)
+    parts: tuple[int, ...] = (DIGITS,)
+
+    def labels(self, count: int) -> Tensor:
+        return asked(count, self.parts)
 
     def __call__(
         self,
@@ -135,6 +141,10 @@ class TorchDrawing:
 
     models: Models
     sampling: Sampling = field(default_factory=Sampling)
+    parts: tuple[int, ...] = (DIGITS,)
+
+    def labels(self, count: int) -> Tensor:
+        return asked(count, self.parts)
 
     @torch.inference_mode()
     def __call__(
@@ -178,7 +188,7 @@ class TorchDrawing:
         """x0 of `labels[part]`, by DPM-Solver++ of order 3 (Lu et al. 2022, arXiv 2211.01095)."""
         models = self.models
         device = next(models.parameters()).device
-        own = F.one_hot(labels[part], models.config.condition.labels).float().to(device)
+        own = conditions(labels[part], models.config.condition.labels).to(device)
         branches, weights = [own], [scale]
         if scale != 1:
             branches, weights = [torch.zeros_like(own), own], [1 - scale, scale]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reference.evaluation.drawing import Size
+from reference.evaluation.digits import Size
 
 SQUARE: Size = (10, 10)  # latents that are decoded to other aspects
 

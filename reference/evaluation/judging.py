@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.classifier import IMAGE_SIDE, SEED, Classifier, features, logits_of
-from reference.data import Images, fit
+from reference.classifier import IMAGE_SIDE, Classifier, features, logits_of
+from reference.data import Images
+from reference.evaluation.colours import hues_right
+from reference.evaluation.digits import balanced_indices, digit_of, first_hues, labels_of, shown
 from reference.evaluation.drawing import Drawing, Size
 from reference.evaluation.measures import frechet_distance, precision_and_recall
 from reference.families.r2.training import canvas
@@ -16,19 +18,10 @@ from reference.families.r2.training import canvas
 Judgement = dict[str, float]
 
 
-def balanced_indices(images: Images) -> Tensor:
-    """Indices of digits 0 to 9 in turn, chosen by `SEED`: as many as can be had of each."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
-    columns = [order[images.labels[order] == label] for label in range(10)]
-    each = min(map(len, columns))
-    return torch.stack([column[:each] for column in columns], 1).flatten()
-
-
 def balanced(images: Images, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pixels `[N, 1, 32, 32]` in [-1, 1] and labels `[N]` of `balanced_indices`, or the first."""
+    """Pixels `[N, c, 32, 32]` in [-1, 1] and labels of digits 0 to 9 in turn; all by default."""
     chosen = balanced_indices(images)[:count]
-    pixels = fit(images.pixels[chosen], IMAGE_SIDE, IMAGE_SIDE, images.pad)
-    return pixels, images.labels[chosen]
+    return shown(images, chosen, (IMAGE_SIDE, IMAGE_SIDE)), labels_of(images, chosen)
 
 
 @dataclass(frozen=True)
@@ -37,29 +30,33 @@ class Judge:
 
     classifier: Classifier
     real: Tensor
+    parts: tuple[int, ...] = (10,)  # as `Images.parts`
 
     @classmethod
     @torch.inference_mode()
     def of(cls, classifier: Classifier, images: Images) -> "Judge":
         """A judge to whom `images` are the real digits."""
-        return cls(classifier, features(classifier, balanced(images)[0]))
+        return cls(classifier, features(classifier, balanced(images)[0]), images.parts)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> Judgement:
-        """Of images `[B, 1, h, w]`: `read_right`, `frechet`, `precision` and `recall`.
+        """Of images `[B, 1 or 3, h, w]`: `read_right`, `frechet`, `precision` and `recall`.
 
         The middle square is judged. Precision and recall compare with as many real digits, the
-        Fréchet distance with all of them.
+        Fréchet distance with all of them. Of painted digits also `hues_right`: both as asked.
         """
         found = features(self.classifier, images)
-        right = (logits_of(self.classifier, found).argmax(1) == labels).float().mean().item()
+        right = logits_of(self.classifier, found).argmax(1) == digit_of(labels)
         precision, recall = precision_and_recall(self.real[: len(found)], found)
-        return {
-            "read_right": right,
+        judgement = {
+            "read_right": right.float().mean().item(),
             "frechet": frechet_distance(self.real, found),
             "precision": precision,
             "recall": recall,
         }
+        if labels.dim() == 2:
+            judgement["hues_right"] = hues_right(images, labels[:, 1:] - first_hues(self.parts))
+        return judgement
 
 
 def judged(
@@ -75,7 +72,7 @@ def judged(
     R2IR stretches what a latent holds to an `image` of another aspect, so that is brought back to
     the latent's aspect first.
     """
-    labels = torch.arange(digits) % 10
+    labels = draw.labels(digits)
     images = draw(labels, latent, image, guidance_scale).images
     if image is not None:
         shape = canvas(latent, IMAGE_SIDE)

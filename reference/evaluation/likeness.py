@@ -4,13 +4,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from reference.classifier import IMAGE_SIDE, Classifier, middle, read
-from reference.evaluation.drawing import Drawing, GraphDrawing, Size
+from reference.evaluation.digits import Size, digit_of
+from reference.evaluation.drawing import Drawing, GraphDrawing
 from reference.evaluation.measures import psnr
 from reference.families.r2.training import canvas
 from runtime.cli import size_name
@@ -30,7 +30,7 @@ def judged(classifier: Classifier, images: Tensor, labels: Tensor, others: Tenso
     a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
     alike = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
     return {
-        "read_right": (read(classifier, images) == labels).float().mean().item(),
+        "read_right": (read(classifier, images) == digit_of(labels)).float().mean().item(),
         "psnr": psnr(a, b),
         "correlation": alike.mean().item(),
     }
@@ -40,7 +40,7 @@ def same_picture(
     draw: Drawing, classifier: Classifier, kind: str, sizes: Sequence[Size], digits: int
 ) -> dict[str, Found]:
     """What `judged` finds of digits of noise `kind` per size, against the first size's."""
-    labels = torch.arange(digits) % 10
+    labels = draw.labels(digits)
     drawn = {size_name(size): draw(labels, size, noise=kind).images for size in sizes}
     first = next(iter(drawn.values()))
     return {name: judged(classifier, images, labels, first) for name, images in drawn.items()}
@@ -52,7 +52,7 @@ def continued(draw: GraphDrawing, classifier: Classifier, digits: int) -> dict[s
     Beside what `judged` finds (against the larger latent alone) the seconds per digit. By the
     graphs alone, which is where the change of size is made.
     """
-    labels = torch.arange(digits) % 10
+    labels = draw.labels(digits)
     (small, large), steps = CONTINUED, draw.sampling.steps
     found: dict[str, Found] = {}
     images: list[Tensor] = []

@@ -9,12 +9,14 @@ JUDGED = ("read right", "Fréchet distance", "precision", "recall")
 
 
 def judgement_cells(found: Mapping[str, Any]) -> list[str]:
-    """Cells under `JUDGED`."""
+    """Cells under `JUDGED`, and of painted digits the share of hues as asked."""
+    painted = [f"{found['hues_right']:.1%}"] if "hues_right" in found else []
     return [
         f"{found['read_right']:.1%}",
         f"{found['frechet']:.2f}",
         f"{found['precision']:.3f}",
         f"{found['recall']:.3f}",
+        *painted,
     ]
 
 
@@ -47,8 +49,10 @@ def print_generation(report: Mapping[str, Any]) -> None:
         f"{settings['drawn_by']}; the classifier reads "
         f"{report['classifier_accuracy']['test_images']:.1%} of the test images right"
     )
-    rows: list[list[str]] = [["digits", "in training", *JUDGED]]
-    rows.append(["real", "", *judgement_cells(report["real_digits"]["train"])])
+    real = report["real_digits"]["train"]
+    painted = ("hues right",) if "hues_right" in real else ()
+    rows: list[list[str]] = [["digits", "in training", *JUDGED, *painted]]
+    rows.append(["real", "", *judgement_cells(real)])
     for name, found in report["generation"].items():
         seen = {True: "yes", False: "no", None: ""}[found["trained_on"]]
         rows.append([name, seen, *judgement_cells(found)])

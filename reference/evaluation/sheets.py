@@ -10,10 +10,10 @@ from torch import Tensor
 
 from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE
-from reference.data import Images, fit
+from reference.data import Images
 from reference.evaluation.curves import Curve
-from reference.evaluation.drawing import Drawing, Size
-from reference.evaluation.judging import balanced_indices
+from reference.evaluation.digits import Size, balanced_indices, shown
+from reference.evaluation.drawing import Drawing
 from reference.families.r2.training import canvas
 from runtime.bundle.files import atomic_write
 from runtime.cli import size_name
@@ -36,8 +36,7 @@ class Sheets:
 
     def real(self, shape: Size) -> Tensor:
         """A row of real digits `[10, c, *shape]`, 0 to 9."""
-        pixels = self.test.pixels[balanced_indices(self.test)[:COLUMNS]]
-        return fit(pixels, *shape, self.test.pad)
+        return shown(self.test, balanced_indices(self.test)[:COLUMNS], shape)
 
     def save(self, name: str, images: Tensor, columns: int = COLUMNS, **metadata: str) -> str:
         """Write a PNG and give its name."""
@@ -48,13 +47,13 @@ class Sheets:
     def digits(self, latent: Size, image: Size | None = None) -> str:
         """`ROWS` rows of digits; with `image` those of the latents decoded to that size."""
         shape = image or canvas(latent, IMAGE_SIDE)
-        drawn = self.draw(torch.arange(ROWS * COLUMNS) % COLUMNS, latent, shape).images
+        drawn = self.draw(self.draw.labels(ROWS * COLUMNS), latent, shape).images
         name = size_name(latent) + (f"-as-{size_name(image)}" if image else "")
         return self.save(f"digits-{name}", torch.cat([self.real(shape), drawn]), latent=name)
 
     def seeds(self) -> str:
         """A row per latent size, each of the same seeds, real digits above."""
-        labels = torch.arange(COLUMNS)
+        labels = self.draw.labels(COLUMNS)
         rows = [self.draw(labels, size, SEED_IMAGE).images for size in SEED_SIZES]
         names = ", ".join(map(size_name, SEED_SIZES))
         return self.save(
@@ -63,7 +62,7 @@ class Sheets:
 
     def channels(self, latent: Size = (8, 8)) -> str:
         """The channels of the latents of 0 to 3, a row each."""
-        latents = self.draw(torch.arange(4), latent).latents
+        latents = self.draw(self.draw.labels(4), latent).latents
         channels = latents.flatten(0, 1).unsqueeze(1)  # [4·C, 1, H, W]
         large = F.interpolate(channels, scale_factor=4, mode="nearest").clamp(-1, 1)
         return self.save("latent-channels", large, latents.shape[1], latent=size_name(latent))

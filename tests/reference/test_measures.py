@@ -1,9 +1,15 @@
-"""Measures: Fréchet distance, precision and recall where the answer is known."""
+"""Measures where the answer is known: distances, precision and recall, likeness."""
 
 import pytest
 import torch
 
-from reference.evaluation.measures import frechet_distance, precision_and_recall
+from reference.evaluation.measures import (
+    frechet_distance,
+    precision_and_recall,
+    psnr,
+    reduced,
+    ssim,
+)
 
 
 def cloud(count: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -61,3 +67,22 @@ def test_more_neighbours_reach_farther() -> None:
     assert precision_and_recall(line, torch.tensor([[5.0], [5.1], [-1.1]]), 1)[0] == pytest.approx(
         1 / 3
     )
+
+
+def test_reduction_by_area_is_the_mean_of_what_a_pixel_covers() -> None:
+    small = torch.arange(24.0).reshape(2, 1, 3, 4)
+    for factor in (1, 2, 5):
+        large = small.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        assert torch.equal(reduced(large, factor), small)
+    corners = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]])
+    assert reduced(corners, 2).item() == 2
+
+
+def test_likeness_is_greatest_with_itself() -> None:
+    a, b = torch.rand(2, 2, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert ssim(a, a) == pytest.approx(1)
+    assert 0.9 < ssim(a, 0.8 * a) < 1 and abs(ssim(a, b)) < 0.1
+    # An error of 0.2 everywhere, of values 2 apart.
+    assert psnr(a, a + 0.2) == pytest.approx(20, abs=1e-3)
+    colours = a.repeat(1, 3, 1, 1)
+    assert ssim(colours, 0.8 * colours) == pytest.approx(ssim(a, 0.8 * a))
