@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from reference.evaluation import curves
 from reference.evaluation.digits import Size
 from reference.evaluation.drawing import Drawing, GraphDrawing, Sampling, TorchDrawing
 from reference.evaluation.extent import QUICK, SQUARE, WHOLE, Extent
-from reference.evaluation.judging import Judge, Judgement, balanced, judged, trained_on
+from reference.evaluation.judging import Judge, balanced, judged, trained_on
 from reference.evaluation.likeness import CONTINUED, continued, same_picture
 from reference.evaluation.report import print_report
 from reference.evaluation.sheets import Sheets, save_chart
@@ -99,7 +100,7 @@ class Evaluation:
                 "generation", f"{name} at guidance {scale:g}", partial(self._row, *row)
             )
 
-    def _row(self, latent: Size, scale: float, image: Size | None) -> Judgement:
+    def _row(self, latent: Size, scale: float, image: Size | None) -> dict[str, Any]:
         seen = trained_on(latent, self.loaded.provenance) and image is None
         found = judged(self.draw, self.judge, latent, self.extent.digits, scale, image)
         return {"trained_on": seen, **found}

@@ -10,8 +10,15 @@ from torch import Tensor
 from reference.classifier import IMAGE_SIDE, Classifier, features, logits_of
 from reference.data import Images
 from reference.evaluation.colours import hues_right
-from reference.evaluation.digits import balanced_indices, digit_of, first_hues, labels_of, shown
-from reference.evaluation.drawing import Drawing, Size
+from reference.evaluation.digits import (
+    Size,
+    balanced_indices,
+    digit_of,
+    first_hues,
+    labels_of,
+    shown,
+)
+from reference.evaluation.drawing import Drawing
 from reference.evaluation.measures import frechet_distance, precision_and_recall
 from reference.families.r2.training import canvas
 
