@@ -11,7 +11,6 @@ import json
 import math
 import platform
 import random
-import re
 import time
 import tomllib
 from collections.abc import Callable
@@ -29,7 +28,9 @@ from tqdm import tqdm
 from reference import checkpoint
 from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
 from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir, start_from
-from reference.families.r2.training import R2IDModels, R2IDTask, R2IRTask, Step, Task
+from reference.families.r2.training import WEIGHTS, R2IDModels, R2IDTask, R2IRTask, Step, Task
+from reference.optimizers import KINDS as OPTIMIZERS
+from reference.optimizers import Optimizers
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
 from runtime.config import ModelConfig
@@ -37,7 +38,6 @@ from runtime.errors import NumericalError, UsageError
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("r2ir", "r2id")
-IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
 DATASETS = ("mnist", "painted-mnist", "folder")
 DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
 COMMON_KEYS = {
@@ -49,7 +49,6 @@ STAGE_KEYS = {
     "r2ir": {"queries", "images"},
     "r2id": {"cross_dropout", "condition_dropout", "loss_weight", "keep_summaries"},
 }
-OPTIMIZERS = ("adamw", "muon")
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -65,11 +64,16 @@ def read_config(name: str) -> dict[str, Any]:
     check_keys(name, config, {"dataset", "seed", "image", "model", *STAGES})
     for stage, keys in STAGE_KEYS.items():
         check_keys(f"{name} [{stage}]", config[stage], COMMON_KEYS | keys)
-    if config["dataset"] not in DATASETS:
-        raise UsageError(
-            f"--config {name}: dataset is {config['dataset']!r}; expected one of {DATASETS}"
-        )
+        check_choice(f"{name} [{stage}] optimizer", config[stage]["optimizer"], OPTIMIZERS)
+    check_choice(f"{name}: dataset", config["dataset"], DATASETS)
+    check_choice(f"{name} [r2id] loss_weight", config["r2id"]["loss_weight"][0], WEIGHTS)
     return config
+
+
+def check_choice(what: str, found: Any, expected: tuple[str, ...]) -> None:
+    """Raise UsageError where a configuration's value is none of those that there are."""
+    if found not in expected:
+        raise UsageError(f"--config {what} is {found!r}; expected one of {expected}")
 
 
 def check_keys(name: str, section: dict[str, Any], expected: set[str]) -> None:
@@ -105,61 +109,6 @@ class Speed:
     save_every: int
 
 
-class Optimizers:
-    """AdamW, or Muon for the matrices inside the blocks and AdamW for the rest, as one.
-
-    Muon's updates are scaled to the size of AdamW's, so that both take one learning rate.
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; Liu et al.,
-    "Muon is Scalable for LLM Training", eq. 4.
-    """
-
-    def __init__(self, model: nn.Module, config: dict[str, Any]):
-        named, decay = dict(model.named_parameters()), config["weight_decay"]
-        matrices = {
-            name: p
-            for name, p in named.items()
-            if config["optimizer"] == "muon" and p.ndim == 2 and IN_BLOCK.search(name)
-        }
-        others = [p for name, p in named.items() if name not in matrices]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-        ]
-        if matrices:
-            scale = "match_rms_adamw"
-            muon = torch.optim.Muon(matrices.values(), weight_decay=decay, adjust_lr_fn=scale)
-            self.parts.append(muon)
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self, rate: float) -> None:
-        """One update with the learning rate `rate`."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
-            part.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state by `part.parameter.name`."""
-        return {
-            f"{number}.{index}.{name}": value
-            for number, part in enumerate(self.parts)
-            for index, own in part.state_dict()["state"].items()
-            for name, value in own.items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        packed = [part.state_dict() for part in self.parts]
-        for name, value in state.items():
-            number, index, key = name.split(".", 2)
-            own = packed[int(number)]["state"].setdefault(int(index), {})
-            own[key] = value.cpu() if key == "step" else value
-        for part, whole in zip(self.parts, packed, strict=True):
-            part.load_state_dict(whole)
-
-
 class Run:
     """One stage of training in a folder: its state on disk, its log, its loop."""
 
@@ -174,6 +123,7 @@ class Run:
     ):
         self.name, self.config, self.images, self.speed = name, config[name], images, speed
         self.seed: int = config["seed"]
+        self.labels: int = config["model"]["condition"]["labels"]
         self.steps: int = self.config["steps"]
         self.state_path = out / f"{name}.state.safetensors"
         self.log_path = out / f"{name}.csv"
@@ -233,7 +183,7 @@ class Run:
         order = torch.randperm(len(self.images), generator=generator)
         chosen = order[position * size :][:size].to(self.speed.device)
         images, labels = self.images, self.images.labels[chosen]
-        condition = F.one_hot(labels, len(images.names)).float()
+        condition = F.one_hot(labels, self.labels).float()
         hues = None
         if images.painted:
             hues = draw_hues(len(chosen)).to(self.speed.device)
@@ -247,7 +197,7 @@ class Run:
         model: nn.Module,
         loss_of: Callable[..., Tensor],
         inputs: tuple[Tensor, ...],
-        optimizer: "Optimizers",
+        optimizer: Optimizers,
         index: int,
     ) -> float:
         with torch.autocast(self.speed.device.type, torch.bfloat16, enabled=self.speed.bf16):
@@ -278,7 +228,7 @@ class Run:
         self,
         model: nn.Module,
         average: dict[str, Tensor],
-        optimizer: "Optimizers",
+        optimizer: Optimizers,
         progress: tuple[int, float, list[tuple[int, float]]],
     ) -> None:
         step, seconds, rows = progress
@@ -298,7 +248,7 @@ class Run:
             file.write(save_safetensors(contiguous, metadata))
 
     def _resume(
-        self, model: nn.Module, average: dict[str, Tensor], optimizer: "Optimizers"
+        self, model: nn.Module, average: dict[str, Tensor], optimizer: Optimizers
     ) -> tuple[int, float, list[tuple[int, float]]]:
         """Continue from the saved state, where there is one: (step, seconds, log rows)."""
         if not self.state_path.exists():
