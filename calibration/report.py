@@ -34,7 +34,6 @@ from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.pipeline import Pipeline
 from runtime.pipeline.tiles import Size
-from runtime.sampling import schedule
 from runtime.sampling.request import Request
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
@@ -77,7 +76,7 @@ class Judged(Recorder):
         """The images that are compared."""
         count = max(1, min(PICTURES, MOST_TOKENS // (size[0] * size[1])))
         labels = [i % self.model.condition.labels for i in range(count)]
-        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE)
+        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE, solver="ddim")
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
         """Draw the images, every run of the step graph kept."""
@@ -97,8 +96,9 @@ class Judged(Recorder):
 
         Also of the first steps, which `Pipeline.exact_steps` leaves to fp32 in a trajectory.
         """
-        conditions, _ = self.pictures(size, steps).branches(self.model.condition.labels)
-        inputs, film = self.step_inputs(conditions, size, steps)
+        request = self.pictures(size, steps)
+        table = request.table(self.schedule)
+        inputs, film = self.step_inputs(self.guidance(request, table).conditions, size, table)
         errors = []
         for step, wanted in enumerate(fp32.eps):
             given = {"latent": fp32.latents[step], "film": film[step], **inputs}
@@ -202,7 +202,7 @@ def draw_errors(report: dict[str, Any], path: Path) -> None:
     ):
         for size, row in report["precisions"][name]["sizes"].items():
             errors = row["eps_error_over_t"]
-            axes.plot(schedule.timesteps(report["steps"])[: len(errors)], errors, label=size)
+            axes.plot(np.linspace(1, 0, report["steps"] + 1)[: len(errors)], errors, label=size)
         axes.set(title=name, xlabel="t (0 clean, 1 noise)", yscale="log")
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

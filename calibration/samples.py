@@ -28,8 +28,10 @@ from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.pipeline.pipeline import EXACT_BELOW, Pipeline
 from runtime.pipeline.tiles import Size
-from runtime.sampling import schedule
-from runtime.sampling.request import Label, Request
+from runtime.sampling import solvers
+from runtime.sampling.guidance import Label
+from runtime.sampling.request import Request
+from runtime.sampling.schedule import log_snr
 
 PICTURES = 3
 DRAWING_STEPS = 20
@@ -127,11 +129,12 @@ class Samples:
         one_hot = np.zeros((conditions, batch, labels), np.float32)
         for branch in range(1, conditions):  # branch 0 is the null condition
             one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
-        alpha_bars = schedule.sampling_alpha_bar(TRAJECTORY_STEPS)
+        table = solvers.table("ddim", self.pipeline.schedule, TRAJECTORY_STEPS)
+        alpha_bars = table.alpha_bar
         step = number % len(alpha_bars)
         noise = np.random.default_rng(number).standard_normal(latent.shape)
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
-        inputs, film = self.pipeline.step_inputs(one_hot, size, TRAJECTORY_STEPS)
+        inputs, film = self.pipeline.step_inputs(one_hot, size, table)
         return {"latent": x.astype(np.float32), "film": film[step], **inputs}
 
 
@@ -263,8 +266,9 @@ def trajectory(
 ) -> Iterator[Sample]:
     """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
     steps = settings.steps
-    request = Request(labels, size, None, steps, scale, seed=settings.seed)
-    times, alpha_bars = schedule.timesteps(steps), schedule.sampling_alpha_bar(steps)
+    request = Request(labels, size, None, steps, scale, seed=settings.seed, solver="ddim")
+    alpha_bars = request.table(pipeline.schedule).alpha_bar
+    times = pipeline.schedule.time(log_snr(alpha_bars))
     found: list[Sample] = []
 
     def keep(step: int) -> None:
@@ -273,7 +277,6 @@ def trajectory(
             found.append(Sample("r2id", size, inputs, float(times[step]), scale))
 
     pipeline.diffuse(request, keep)
-    keep(steps)
     yield from found
 
 

@@ -33,19 +33,24 @@ def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int)
         options = EngineOptions(provider, precision=precision, threads=threads)
         pipeline = open_bundle(bundle, options)
         request = Request([0], size)
-        conditions, _ = request.branches(pipeline.model.condition.labels)
-        inputs, film = pipeline.step_inputs(conditions, size, 50)
-        first, engine = pipeline.step_engines(50)
+        table = request.table(pipeline.schedule)
+        conditions = pipeline.guidance(request, table).conditions
+        inputs, film = pipeline.step_inputs(conditions, size, table)
+        first, engine = pipeline.step_engines(table)
     except ToolkitError as error:
         return str(error)
-    given = {"latent": pipeline.noise(request, size).draw(), "film": film[25], **inputs}
+    given = {
+        "latent": pipeline.noise(request, size).draw(),
+        "film": film[len(table) // 2],
+        **inputs,
+    }
     for own in (first, engine):
         own.run(given)
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS:
-        start = time.perf_counter()
+        began = time.perf_counter()
         engine.run(given)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - began)
     return seconds, peak_resident() / (1 << 20)
 
 

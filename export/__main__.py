@@ -17,7 +17,7 @@ from reference import checkpoint
 from runtime import cli
 from runtime.bundle.files import sha256, staging
 from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
-from runtime.sampling.schedule import FLOOR, OFFSET
+from runtime.sampling.schedule import COSINE
 
 LARGEST = {"batch": 4096, "conditions": 64, "height": 65536, "width": 65536, "steps": 10_001}
 
@@ -59,7 +59,7 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
             "python": platform.python_version(),
             "opset": str(OPSET),
         },
-        schedule={"name": "cosine", "offset": OFFSET, "floor": FLOOR},
+        schedule=COSINE.to_json(),
         trajectory={},
         graphs=specs,
         for_cpu=for_cpu,

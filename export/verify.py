@@ -17,7 +17,8 @@ from reference.checkpoint import Models
 from runtime.bundle.manifest import Array, Manifest, relative_error
 from runtime.errors import ArtefactError
 from runtime.pipeline.pipeline import Pipeline
-from runtime.sampling import ddim
+from runtime.sampling.guidance import guided
+from runtime.sampling.loop import sample
 from runtime.sampling.request import Request
 
 TOLERANCE = 1e-4
@@ -110,8 +111,9 @@ def trajectory_parity(models: Models, manifest: Manifest) -> dict[str, Any]:
     request = Request([labels // 2], TRAJECTORY_SIZE, steps=TRAJECTORY_STEPS)
     start = torch.from_numpy(pipeline.noise(request, TRAJECTORY_SIZE).draw())
     with torch.inference_mode():
-        denoise = models.denoiser(one_hot, TRAJECTORY_STEPS)
-        wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, (-1.0, 2.0)).x
+        table = request.table(pipeline.schedule)
+        predict = guided(models.denoiser(one_hot, table.alpha_bar), (-1.0, 2.0))
+        wanted = sample(predict, start, table)
         pixels = models.r2ir.decode(wanted, (ratio * height, ratio * width))
     made = pipeline.generate(
         labels=[labels // 2],
@@ -126,7 +128,7 @@ def trajectory_parity(models: Models, manifest: Manifest) -> dict[str, Any]:
     }
     if not max(errors.values()) <= TRAJECTORY_TOLERANCE:
         raise ArtefactError(
-            f"{TRAJECTORY_STEPS} DDIM steps through the graphs differ from PyTorch by {errors}; "
+            f"{TRAJECTORY_STEPS} steps through the graphs differ from PyTorch by {errors}; "
             f"expected at most {TRAJECTORY_TOLERANCE:.0e}"
         )
     rounded = {key: float(f"{error:.2e}") for key, error in errors.items()}

@@ -4,6 +4,7 @@ The metadata holds two JSON texts: `config` (ModelConfig) and `provenance` (how 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from reference.families.r2.text import LabelCondition
 from runtime.bundle.files import atomic_write, read_bytes, sha256
 from runtime.config import ModelConfig
 from runtime.errors import ArtefactError
-from runtime.sampling import ddim, schedule
+from runtime.sampling.schedule import Floats
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 LONGEST_HEADER = 100 << 20  # as the safetensors format allows
@@ -37,10 +38,13 @@ class Models(nn.Module):
         self.r2id = R2ID(config.r2id, **dropouts.get("r2id", {}))
         self.condition = LabelCondition(config.condition, config.r2id.width)
 
-    def denoiser(self, labels: Tensor, steps: int) -> ddim.Denoiser:
-        """eps for `ddim.sample` under conditions `[K, B, labels]`, the zero label being null."""
+    def denoiser(self, labels: Tensor, alpha_bar: Floats) -> Callable[[Tensor, int], Tensor]:
+        """eps `[K, ..]` of x at a step, the number of one of the nodes `alpha_bar` of a table.
+
+        `labels`: conditions `[K, B, labels]`, the zero label being null.
+        """
         text = self.condition(labels)  # [K, B, T, d]
-        alpha_bars = torch.from_numpy(schedule.sampling_alpha_bar(steps)).float().to(text.device)
+        alpha_bars = torch.from_numpy(alpha_bar).float().to(text.device)
 
         def denoise(x: Tensor, step: int) -> Tensor:
             eps: Tensor = self.r2id(x, alpha_bars[step].expand(len(x)), text)

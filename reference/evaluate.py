@@ -28,7 +28,7 @@ from reference.data import Images, load_mnist, load_painted_mnist
 from reference.evaluation import curves
 from reference.evaluation.digits import Size
 from reference.evaluation.drawing import Drawing, GraphDrawing, Sampling, TorchDrawing
-from reference.evaluation.extent import QUICK, SQUARE, WHOLE, Extent
+from reference.evaluation.extent import FULL, QUICK, SQUARE, Extent
 from reference.evaluation.judging import Judge, balanced, judged, trained_on
 from reference.evaluation.likeness import CONTINUED, continued, same_picture
 from reference.evaluation.report import print_report
@@ -40,6 +40,7 @@ from runtime.engines import EngineOptions
 from runtime.errors import UsageError
 from runtime.pipeline.pipeline import open_bundle
 from runtime.providers import PROVIDERS
+from runtime.sampling.choices import SOLVER, SOLVERS, WHOLE
 from runtime.sampling.noise import COHERENT, KINDS
 
 
@@ -189,7 +190,7 @@ def real_digits(args: argparse.Namespace, loaded: Checkpoint) -> tuple[Images, I
 
 def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]) -> Drawing:
     """By the bundle of --bundle or by the models; UsageError for a bundle of another checkpoint."""
-    sampling = Sampling(args.steps, args.guidance)
+    sampling = Sampling(args.solver, args.steps, args.guidance, args.guidance_interval)
     if args.bundle is None:
         return TorchDrawing(loaded.models, sampling, parts)
     graphs = open_bundle(args.bundle, EngineOptions(args.provider, precision=args.precision))
@@ -204,7 +205,7 @@ def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]
 
 def extent(args: argparse.Namespace) -> Extent:
     """What the options ask for."""
-    found = QUICK if args.quick else WHOLE
+    found = QUICK if args.quick else FULL
     if args.images is not None:
         found = replace(found, images=args.images)
     if args.digits is not None:
@@ -224,8 +225,10 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = {
         "checkpoint": loaded.sha256,
         "drawn_by": f"graphs in {args.precision}" if args.bundle else "PyTorch",
-        "steps": args.steps,
+        "solver": args.solver,
+        "steps": draw.sampling.count,
         "guidance_scale": args.guidance,
+        "guidance_interval": [*args.guidance_interval],
         "noise": COHERENT,
         "digits_per_size": own.digits,
         "test_images": own.images,
@@ -252,8 +255,11 @@ def main() -> None:
     add("--sizes", type=cli.sizes, help="latents to draw, at guidance 1 too, instead of all")
     add("--digits", type=cli.number(10, 100_000, int), help="per row (1000, --quick 100)")
     add("--images", type=cli.number(10, 10_000, int), help="of the test set (10000, --quick 200)")
-    add("--steps", type=cli.number(1, 10_000, int), default=12, help="evaluations (12)")
+    add("--solver", choices=tuple(SOLVERS), default=SOLVER, help=f"how steps are made ({SOLVER})")
+    add("--steps", type=cli.number(1, 10_000, int), help="evaluations (the solver's)")
     add("--guidance", type=cli.number(-100, 100), default=2.0, help="scale (2)")
+    interval = "t within which it counts (0..1)"
+    add("--guidance-interval", type=cli.interval, default=WHOLE, metavar="LOW..HIGH", help=interval)
     add("--bundle", type=Path, help="draw with this bundle's graphs")
     add("--precision", default="fp32", choices=cli.PRECISIONS, help="of the graphs (fp32)")
     add("--provider", choices=tuple(PROVIDERS), default="cpu", help="what runs them (cpu)")

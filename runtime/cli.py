@@ -182,6 +182,20 @@ def crop(text: str) -> tuple[int, int, int, int]:
     return top, left, height, width
 
 
+def interval(text: str) -> tuple[float, float]:
+    """LOW..HIGH within 0 to 1."""
+    low, dots, high = text.partition("..")
+    try:
+        found = number(0, 1)(low), number(0, 1)(high)
+    except argparse.ArgumentTypeError:
+        found = (1.0, 0.0)
+    if not dots or found[0] > found[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no interval; expected LOW..HIGH within 0 to 1, as in 0.2..0.8"
+        )
+    return found
+
+
 def integers(text: str) -> list[int]:
     """A list of numbers and ranges: `7`, `1,3,5`, `0-9`."""
     numbers: list[int] = []

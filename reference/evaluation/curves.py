@@ -16,7 +16,7 @@ from reference.evaluation.drawing import TorchDrawing, batches
 from reference.evaluation.measures import psnr, reduced, ssim
 from reference.families.r2.training import canvas
 from runtime.cli import size_name
-from runtime.sampling import schedule
+from runtime.sampling.schedule import COSINE
 
 SCRAPE_POINTS = 20
 SCRAPE_IMAGES = 500  # at most
@@ -46,7 +46,7 @@ def eps_over_t(models: Models, test: Images, size: Size, limit: int) -> Curve:
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: Curve = {"t": times, "null": [], "label": []}
     for t in tqdm(times, desc=f"eps over t {size_name(size)}", unit="t"):
-        a = float(schedule.alpha_bar(np.array(t)))
+        a = float(COSINE.alpha_bar(np.array(t)))
         eps = torch.randn(latent.shape, generator=generator)
         noisy = a**0.5 * latent + (1 - a) ** 0.5 * eps
         null, label = models.r2id(noisy, torch.full((limit,), a), text)
@@ -77,7 +77,7 @@ def scale_consistency(
 def early_stop(draw: TorchDrawing, classifier: Classifier, size: Size, digits: int) -> Curve:
     """The share of digits read right in the estimate of x0 of each evaluation, decoded."""
     labels = draw.labels(digits)
-    right = torch.zeros(draw.sampling.steps)
+    right = torch.zeros(draw.sampling.count)
 
     def on_estimate(step: int, part: slice, x0: Tensor) -> None:
         images = draw.decode(x0, canvas(size, IMAGE_SIDE))

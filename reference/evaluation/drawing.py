@@ -1,11 +1,9 @@
 """Digits to be judged: labels, a latent's size and a seed to images and latents."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,15 +14,18 @@ from reference.evaluation.digits import DIGITS, Size, asked, conditions
 from reference.families.r2.training import canvas
 from runtime.cli import size_name
 from runtime.pipeline.pipeline import Pipeline
-from runtime.sampling import schedule
-from runtime.sampling.ddim import guide, predict_x0
+from runtime.sampling.choices import SOLVER, SOLVERS, WHOLE
+from runtime.sampling.guidance import guide
+from runtime.sampling.loop import sample
 from runtime.sampling.noise import COHERENT, NoiseStreams
+from runtime.sampling.schedule import COSINE, log_snr
+from runtime.sampling.solvers import Table, table
 
 TOKENS_AT_ONCE = 4000
-START, LAST = 0.995, 0.01  # times of the first and the last evaluation
 
 # Called with the step, the labels' slice and the estimate of x0 `[B, C, H, W]`.
 OnEstimate = Callable[[int, slice, Tensor], object]
+OnStep = Callable[[int, Tensor], object]
 
 
 def batches(count: int, size: Size) -> list[slice]:
@@ -43,10 +44,26 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How digits are drawn where a measure does not say otherwise."""
+    """How digits are drawn where a measure does not say otherwise; fields as of `Request`."""
 
-    steps: int = 12
+    solver: str = SOLVER
+    steps: int | None = None
     guidance_scale: float = 2.0
+    guidance_interval: tuple[float, float] = WHOLE
+
+    @property
+    def count(self) -> int:
+        """The number of evaluations."""
+        return self.steps or SOLVERS[self.solver].steps
+
+    def table(self) -> Table:
+        """What PyTorch models are sampled by."""
+        return table(self.solver, COSINE, self.count)
+
+    def scales(self, table: Table, scale: float) -> list[float]:
+        """The guidance scale of each step of a table: `scale` within the interval, else 1."""
+        (low, high), times = self.guidance_interval, COSINE.time(log_snr(table.alpha_bar[:-1]))
+        return [scale if low <= t <= high else 1.0 for t in times]
 
 
 class Drawing(Protocol):
@@ -118,18 +135,20 @@ class GraphDrawing:
             made = self.pipeline.generate(
                 labels[part].tolist(),
                 latent,
-                image or canvas(latent, IMAGE_SIDE),
-                own.steps,
-                scale,
+                on_step,
+                image=image or canvas(latent, IMAGE_SIDE),
+                solver=own.solver,
+                steps=own.count,
+                guidance_scale=scale,
+                guidance_interval=own.guidance_interval,
                 seed=SEED,
                 first_index=part.start,
-                on_step=on_step,
                 noise=noise,
                 **more,
             )
             return Drawn(torch.from_numpy(made.images), torch.from_numpy(made.latents))
 
-        return in_batches(draw, len(labels), latent, own.steps, f" at guidance {scale:g}")
+        return in_batches(draw, len(labels), latent, own.count, f" at guidance {scale:g}")
 
     def decode(self, latents: Tensor, image: Size) -> Tensor:
         return torch.from_numpy(self.pipeline.decode(latents.numpy(), image))
@@ -169,7 +188,7 @@ class TorchDrawing:
             x0 = self._sample(labels, part, latent, scale, noise, each)
             return Drawn(self.decode(x0, image or canvas(latent, IMAGE_SIDE)), x0.cpu())
 
-        return in_batches(draw, len(labels), latent, own.steps, f" at guidance {scale:g}")
+        return in_batches(draw, len(labels), latent, own.count, f" at guidance {scale:g}")
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, image: Size) -> Tensor:
@@ -177,66 +196,24 @@ class TorchDrawing:
         return self.models.r2ir.decode(latents.to(device), image).cpu()
 
     def _sample(
-        self,
-        labels: Tensor,
-        part: slice,
-        latent: Size,
-        scale: float,
-        noise: str,
-        each: Callable[[int, Tensor], object],
+        self, labels: Tensor, part: slice, size: Size, scale: float, noise: str, each: OnStep
     ) -> Tensor:
-        """x0 of `labels[part]`, by DPM-Solver++ of order 3 (Lu et al. 2022, arXiv 2211.01095)."""
-        models = self.models
-        device = next(models.parameters()).device
+        """The latents of `labels[part]` at a latent size; `each(step, x0)` is called per step."""
+        models, device = self.models, next(self.models.parameters()).device
         own = conditions(labels[part], models.config.condition.labels).to(device)
-        branches, weights = [own], [scale]
-        if scale != 1:
-            branches, weights = [torch.zeros_like(own), own], [1 - scale, scale]
-        text = models.condition(torch.stack(branches))
-        shape = (models.config.r2id.latent_channels, *latent)
+        table = self.sampling.table()
+        both = models.denoiser(torch.stack([torch.zeros_like(own), own]), table.alpha_bar)
+        alone = models.denoiser(own.unsqueeze(0), table.alpha_bar)
+        scales = self.sampling.scales(table, scale)
+
+        def predict(x: Tensor, step: int) -> Tensor:
+            g = scales[step]
+            eps = alone(x, step)[0] if g == 1 else guide(both(x, step), (1 - g, g))
+            p, q = map(float, table.rows[step, :2])
+            each(step, p * x + q * eps)
+            return eps
+
+        shape = (models.config.r2id.latent_channels, *size)
         streams = NoiseStreams(SEED, range(part.start, part.stop), shape, noise)
-        x = torch.from_numpy(streams.draw()).to(device)
-        grid = list(_alpha_bars(self.sampling.steps))
-        history: list[Tensor] = []
-        for index, a in enumerate(grid):
-            film = torch.full((len(x),), a, device=device)
-            estimate = predict_x0(x, guide(models.r2id(x, film, text), weights), a)
-            each(index, estimate)
-            if index == len(grid) - 1:
-                break
-            history = [estimate, *history[:2]]
-            x = _step(x, history, grid[max(0, index - 2) : index + 2])
-        return estimate
-
-
-def _log_snr(alpha_bar: float) -> float:
-    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
-
-
-def _alpha_bars(steps: int) -> Iterator[float]:
-    """alpha_bar of each evaluation: λ uniform from `START` to `LAST`."""
-    first, last = (_log_snr(float(schedule.alpha_bar(np.array(t)))) for t in (START, LAST))
-    for value in np.linspace(first, last, steps) if steps > 1 else [first]:
-        yield float(1 / (1 + math.exp(-2 * value)))
-
-
-def _step(x: Tensor, history: list[Tensor], grid: list[float]) -> Tensor:
-    """x at the last of `grid` (alpha_bars) from x at the one before; newest estimate first."""
-    lambdas = [_log_snr(a) for a in grid]
-    now, onward = grid[-2:]
-    h = lambdas[-1] - lambdas[-2]
-    alpha = math.sqrt(onward)
-    shrink = math.expm1(-h)
-    x = x * (math.sqrt(1 - onward) / math.sqrt(1 - now)) - history[0] * (alpha * shrink)
-    if len(history) == 1:
-        return x
-    r0 = (lambdas[-2] - lambdas[-3]) / h
-    d0 = (history[0] - history[1]) / r0
-    if len(history) == 2:
-        return x - d0 * (alpha * shrink / 2)
-    r1 = (lambdas[-3] - lambdas[-4]) / h
-    d1 = (history[1] - history[2]) / r1
-    first = d0 + (d0 - d1) * (r0 / (r0 + r1))
-    second = (d0 - d1) / (r0 + r1)
-    phi_2, phi_3 = shrink / h + 1, (shrink + h) / h**2 - 0.5
-    return x + first * (alpha * phi_2) - second * (alpha * phi_3)
+        found: Tensor = sample(predict, torch.from_numpy(streams.draw()).to(device), table)
+        return found

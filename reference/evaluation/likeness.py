@@ -53,7 +53,7 @@ def continued(draw: GraphDrawing, classifier: Classifier, digits: int) -> dict[s
     graphs alone, which is where the change of size is made.
     """
     labels = draw.labels(digits)
-    (small, large), steps = CONTINUED, draw.sampling.steps
+    (small, large), steps = CONTINUED, draw.sampling.count
     found: dict[str, Found] = {}
     images: list[Tensor] = []
     for stop in tqdm(sorted({round(share * steps) for share in CONTINUED_FROM}), desc="continued"):

@@ -45,8 +45,8 @@ def print_generation(report: Mapping[str, Any]) -> None:
     """Judgements per size, the real digits' above them."""
     settings = report["settings"]
     print(
-        f"\n{settings['digits_per_size']} digits a row, {settings['steps']} steps, by "
-        f"{settings['drawn_by']}; the classifier reads "
+        f"\n{settings['digits_per_size']} digits a row, {settings['steps']} evaluations of "
+        f"{settings['solver']} by {settings['drawn_by']}; the classifier reads "
         f"{report['classifier_accuracy']['test_images']:.1%} of the test images right"
     )
     real = report["real_digits"]["train"]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from runtime.bundle.profiles import choose
 from runtime.bundle.state import DecodeState
 from runtime.coordinates import grid
 from runtime.engines import (
+    HISTORY,
     Engine,
     EngineOptions,
     SamplingEngine,
@@ -39,9 +40,12 @@ from runtime.pipeline.tiles import (
     windows_of,
 )
 from runtime.providers import PROVIDERS
-from runtime.sampling import ddim, schedule
-from runtime.sampling.noise import COHERENT, NoiseStreams, refine
-from runtime.sampling.request import Label, Request
+from runtime.sampling import schedule, solvers
+from runtime.sampling.guidance import Guidance, Label, guide
+from runtime.sampling.loop import Predictor, sample
+from runtime.sampling.noise import NoiseStreams, refine
+from runtime.sampling.request import Request
+from runtime.sampling.solvers import Table
 
 Crop = tuple[int, int, int, int]
 # eps enters x0 divided by sqrt(alpha_bar): at 1e-6, where a trajectory starts, its error comes out
@@ -92,6 +96,7 @@ class Pipeline:
         self.options = options or EngineOptions()
         manifest.check_precision(self.options.form)
         self.model = manifest.model
+        self.schedule = schedule.read(manifest.schedule, f"{manifest.folder / FILE_NAME}")
         self._engines: dict[tuple[str, str], Engine] = {}
         self._opening = threading.Lock()
         self._held: int | None = None  # bytes in memory before the first tile
@@ -105,15 +110,15 @@ class Pipeline:
                 self._engines[key] = open_engine(self.manifest, graph, options)
             return self._engines[key]
 
-    def exact_steps(self, steps: int) -> int:
-        """How many of the first of `steps` run in fp32, whatever the precision; see EXACT_BELOW."""
+    def exact_steps(self, table: Table) -> int:
+        """How many of the first steps run in fp32, whatever the precision; see EXACT_BELOW."""
         if self.options.precision not in COARSE:
             return 0
-        return int((schedule.sampling_alpha_bar(steps)[:-1] < EXACT_BELOW).sum())
+        return int((table.alpha_bar[:-1] < EXACT_BELOW).sum())
 
-    def step_engines(self, steps: int) -> tuple[Engine, Engine]:
+    def step_engines(self, table: Table) -> tuple[Engine, Engine]:
         """The engines of `r2id`: of the first `exact_steps` and of all others; often one."""
-        exact = "fp32" if self.exact_steps(steps) else None
+        exact = "fp32" if self.exact_steps(table) else None
         return self.engine("r2id", exact), self.engine("r2id")
 
     @property
@@ -145,27 +150,16 @@ class Pipeline:
         self,
         labels: Sequence[Label],
         latent: Size | None = None,
-        image: Size | None = None,
-        steps: int = 50,
-        guidance_scale: float = 2.0,
-        eta: float = 0.0,
-        seed: int = 0,
-        first_index: int = 0,
         on_step: Callable[[int], object] | None = None,
-        noise: str = COHERENT,
-        continue_at: Size | None = None,
-        continue_from: int | None = None,
+        **options: Any,
     ) -> Generated:
-        """Draw one image per entry of `labels` as one batch; see `Request` for the rest.
+        """Draw one image per entry of `labels` as one batch; `options` are those of `Request`.
 
         `latent` defaults to the bundle's; `on_step` is called with the number of each step done.
         Raises UsageError before any engine is opened, NumericalError naming the step.
         """
         latent = latent or self.model.default_latent
-        request = Request(
-            *(labels, latent, image, steps, guidance_scale, eta, seed, first_index, noise),
-            *(continue_at, continue_from),
-        )
+        request = Request(labels, latent, **options)
         self.check_request(request)
         size = self.drawn_size(request)
         for graph in self.drawing_graphs(size):
@@ -177,76 +171,84 @@ class Pipeline:
         self, request: Request, on_step: Callable[[int], object] | None = None
     ) -> NDArray[np.float32]:
         """The latents `[B, C, H, W]` of a request that was checked."""
-        steps, turn, larger = request.steps, request.turn, request.continue_at
-        self.step_engines(steps)  # a damaged file shows before any work, not after it
+        table, turn, larger = request.table(self.schedule), request.turn, request.continue_at
+        self.step_engines(table)  # a damaged file shows before any work, not after it
         for graph in DIFFUSING + (ENCODING if larger else ()):
             self.engine(graph)
         streams = self.noise(request, request.latent)
-        x = self.sample(streams.draw(), streams, request, on_step, (0, turn))
+        guidance = self.guidance(request, table)
+        x = self.sample(streams.draw(), streams, table, guidance, on_step, (0, turn))
         if larger is None:
             return x
-        conditions, weights = request.branches(self.model.condition.labels)
-        denoise = self.denoiser(conditions, request.latent, steps)
-        part = ddim.sample(denoise, x, steps, weights, first=turn, last=turn)
+        eps = self.predictor(guidance, request.latent, table)(x, turn)
         streams = self.noise(request, larger)
-        x = self.enlarge(part, turn, steps, streams.draw())
-        return self.sample(x, streams, request, on_step, (turn, steps))
+        x = self.enlarge(x, eps, float(table.alpha_bar[turn]), streams.draw())
+        return self.sample(x, streams, table, guidance, on_step, (turn, len(table)))
+
+    def guidance(self, request: Request, table: Table) -> Guidance:
+        """The conditions of a request and their weights in each step of its table."""
+        return request.guidance(table, self.schedule, self.model.condition.labels)
 
     def sample(
         self,
         x: Array,
         streams: NoiseStreams,
-        request: Request,
+        table: Table,
+        guidance: Guidance,
         on_step: Callable[[int], object] | None,
         part: tuple[int, int],
     ) -> NDArray[np.float32]:
-        """`x` `[B, C, H, W]` after DDIM steps, on the device where it can stay.
+        """`x` `[B, C, H, W]` after steps of a table, on the device where it can stay.
 
-        `part`: the first step and the one before which to stop, of `request.steps`.
+        `part`: the first step and the one before which to stop.
         """
-        (start, stop), steps = part, request.steps
         size = (x.shape[2], x.shape[3])
-        conditions, weights = request.branches(self.model.condition.labels)
-        first, engine = self.step_engines(steps)
-        if isinstance(first, SamplingEngine) and isinstance(engine, SamplingEngine):
-            inputs, film = self.step_inputs(conditions, size, steps)
-            turn = min(max(self.exact_steps(steps), start), stop)
-            for own, span in ((first, (start, turn)), (engine, (turn, stop))):
-                updates = self.updates(film, weights, streams, request, span)
-                if update := next(updates, None):  # None where the span has no step
-                    given = {"latent": x, **inputs, **update}
-                    x = own.sample(given, chain([update], updates), on_step, span[0])
-            return x
 
         def fresh(step: int) -> Array:
             return streams.draw(step + 1)
 
-        denoise = self.denoiser(conditions, size, steps)
-        made = ddim.sample(denoise, x, steps, weights, request.eta, fresh, on_step, *part)
-        return np.asarray(made.x, np.float32)
+        engines = self.step_engines(table)
+        if not all(isinstance(engine, SamplingEngine) for engine in engines):
+            predict = self.predictor(guidance, size, table)
+            return np.asarray(sample(predict, x, table, fresh, on_step, *part), np.float32)
+        exact = self.exact_steps(table)
+        inputs, film = self.step_inputs(guidance.conditions, size, table)
+        state = {"latent": x} | {name: np.zeros_like(x) for name in (*HISTORY, "noise")}
+        kinds = groupby(range(*part), lambda step: (step >= exact, guidance.branches(step)))
+        for (later, branches), group in kinds:  # an engine and a number of conditions each
+            steps = list(group)
+            engine = engines[later]
+            assert isinstance(engine, SamplingEngine)
+            given = {**state, **self.counted(inputs, branches)}
+            updates = (self.update(film, table, guidance, fresh, step) for step in steps)
+            state |= engine.sample(given, updates, on_step, steps[0])
+        return state["latent"]
 
-    def denoiser(self, conditions: Array, latent: Size, steps: int) -> ddim.Denoiser:
-        """eps of `r2id` with all that outlives a step computed here."""
-        inputs, film = self.step_inputs(conditions, latent, steps)
-        exact, (first, engine) = self.exact_steps(steps), self.step_engines(steps)
+    def predictor(self, guidance: Guidance, latent: Size, table: Table) -> Predictor:
+        """Guided eps of `r2id` with all that outlives a step computed here."""
+        inputs, film = self.step_inputs(guidance.conditions, latent, table)
+        exact, (first, engine) = self.exact_steps(table), self.step_engines(table)
 
-        def denoise(x: Array, step: int) -> Array:
+        def predict(x: Array, step: int) -> Array:
             own = first if step < exact else engine
-            return own.run({"latent": x, "film": film[step], **inputs})["eps"]
+            given = self.counted(inputs, guidance.branches(step))
+            eps = own.run({"latent": x, "film": film[step], **given})["eps"]
+            return np.asarray(guide(eps, guidance.at(step)))
 
-        return denoise
+        return predict
 
-    def enlarge(self, part: ddim.Sample, step: int, steps: int, noise: Array) -> Array:
-        """x of `step` at the larger size of `noise` `[B, C, H, W]`, from a sample at that step.
+    def enlarge(self, x: Array, eps: Array, alpha_bar: float, noise: Array) -> Array:
+        """x at the larger size of `noise` `[B, C, H, W]`, from x and its eps where both are small.
 
         x = sqrt(a) · x0 + sqrt(1 - a) · eps there as here: R2IR enlarges the estimate of x0, and
-        the estimate of eps becomes the coarse part of `noise`, so that the variance stays 1 - a.
+        that of eps becomes the coarse part of `noise`, so that the variance stays 1 - a.
         """
         height, width = noise.shape[2:]
-        a = float(schedule.sampling_alpha_bar(steps)[step])
-        x0 = self.encode(self.decode(part.x0, self.image_size((height, width))), (height, width))
-        eps = refine(ddim.predict_eps(part.x, part.x0, a), noise)
-        return np.asarray(x0 * math.sqrt(a) + eps * math.sqrt(1 - a), np.float32)
+        x0 = solvers.predict_x0(x, eps, alpha_bar)
+        eps = refine(solvers.predict_eps(x, x0, alpha_bar), noise)
+        x0 = self.encode(self.decode(x0, self.image_size((height, width))), (height, width))
+        larger = x0 * math.sqrt(alpha_bar) + eps * math.sqrt(1 - alpha_bar)
+        return np.asarray(larger, np.float32)
 
     def check_request(self, request: Request, batch: int | None = None) -> None:
         """Raise UsageError for a request that the bundle cannot meet.
@@ -254,15 +256,18 @@ class Pipeline:
         `batch`: images drawn at once, where not all of them are.
         """
         request.check(self.manifest.labels)
-        conditions = request.branches(count := self.model.condition.labels)[0]
-        unique = np.unique(conditions.reshape(-1, count), axis=0)
+        guidance = self.guidance(request, table := request.table(self.schedule))
+        conditions = guidance.conditions
+        unique = np.unique(conditions.reshape(-1, conditions.shape[2]), axis=0)
+        counts = {len(guidance.branches(step)) for step in range(len(table))}
         images = min(len(request.labels), batch or len(request.labels))
-        forms = {self.options.form} | ({"fp32"} if self.exact_steps(request.steps) else set())
+        forms = {self.options.form} | ({"fp32"} if self.exact_steps(table) else set())
         for size in (request.latent, request.largest):
             for form in forms:  # each has a plan, and profiles, of its own
-                self.check_size("r2id", size, form, batch=images, conditions=len(conditions))
+                for count in counts:
+                    self.check_size("r2id", size, form, batch=images, conditions=count)
             self.check_size("r2id_position", size)
-        self.check_size("r2id_film", request.latent, steps=request.steps + 1)
+        self.check_size("r2id_film", request.latent, steps=len(table.alpha_bar))
         self.check_size("r2id_condition", request.latent, conditions=len(unique))
         self.check_size("r2ir_latent_summary", request.largest, batch=1)  # one after the other
         self.check_size("r2ir_decode", self.drawn_size(request), batch=1)
@@ -294,9 +299,9 @@ class Pipeline:
             choose(plan.file, plan.profiles, {a: asked[a] for a in ranges if a in asked})
 
     def step_inputs(
-        self, conditions: Array, latent: Size, steps: int
+        self, conditions: Array, latent: Size, table: Table
     ) -> tuple[dict[str, Array], Array]:
-        """What outlives a step: the step graph's inputs that stay, and `film` of every step."""
+        """What outlives a step: the step graph's inputs that stay, and `film` of every node."""
         count, batch, labels = conditions.shape
         unique, place = np.unique(conditions.reshape(-1, labels), axis=0, return_inverse=True)
         text = self.engine("r2id_condition").run({"condition": unique})
@@ -306,34 +311,37 @@ class Pipeline:
             )
             for name, value in text.items()
         }
-        alpha_bar = schedule.sampling_alpha_bar(steps).astype(np.float32)
+        alpha_bar = table.alpha_bar.astype(np.float32)
         film = self.engine("r2id_film").run({"alpha_bar": alpha_bar})["film"]
         position = self.engine("r2id_position").run({"coordinates": grid(*latent)})["position"]
         return {"position": position, **gathered}, film
 
-    def updates(
+    def counted(self, inputs: dict[str, Array], branches: tuple[int, ...]) -> dict[str, Array]:
+        """The step graph's `inputs` of some of the conditions alone."""
+        own = {s.name for s in self.manifest.graph("r2id").inputs if s.axes[0] == "conditions"}
+        return {
+            name: value[list(branches)] if name in own and len(branches) < len(value) else value
+            for name, value in inputs.items()
+        }
+
+    def update(
         self,
         film: Array,
-        weights: Sequence[NDArray[np.float32]],
-        noise: NoiseStreams,
-        request: Request,
-        part: tuple[int, int],
-    ) -> Iterator[dict[str, Array]]:
-        """What changes per step of `part` for a `SamplingEngine`; `noise` where it has changed."""
-        first, last = part
-        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(request.steps)]
-        for step, (a, a_next) in enumerate(pairwise(alpha_bars[first : last + 1]), first):
-            keep, move, spread = ddim.step_weights(a, a_next, request.eta)
-            update = {
-                "film": film[step],
-                "keep": np.array([keep], np.float32),
-                "weights": np.stack(weights) * np.float32(move),
-            }
-            if spread > 0:
-                update["noise"] = noise.draw(step + 1) * np.float32(spread)
-            elif step == first:
-                update["noise"] = np.zeros((len(noise.indices), *noise.shape), np.float32)
-            yield update
+        table: Table,
+        guidance: Guidance,
+        noise: Callable[[int], Array],
+        step: int,
+    ) -> dict[str, Array]:
+        """What changes in a step for a `SamplingEngine`; `noise` where it is used."""
+        row = *table.update(step), *map(float, table.rows[step, :2])
+        update = {
+            "film": film[step],
+            "row": np.array(row, np.float32),
+            "weights": np.stack(guidance.at(step)),
+        }
+        if table.rows[step, 6] > 0:
+            update["noise"] = noise(step)
+        return update
 
     def resampler(self, memory: int | None = None) -> Resampler:
         """R2IR in tiles within `memory` bytes of this process; None takes DEFAULT_ROOM.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reference.evaluation.extent import QUICK, WHOLE
+from reference.evaluation.extent import FULL, QUICK
 from runtime.cli import size_name
 from runtime.sampling.noise import KINDS
 from tests.conftest import Command
@@ -19,8 +19,8 @@ needs_mnist = pytest.mark.skipif(
 
 def test_the_quick_measure_is_a_part_of_the_whole_one() -> None:
     for kind in ("sizes", "decoded", "reconstructed", "scraped", "factors", "alike", "sheets"):
-        assert {*getattr(QUICK, kind)} <= {*getattr(WHOLE, kind)}
-    assert QUICK.digits < WHOLE.digits and QUICK.images < WHOLE.images
+        assert {*getattr(QUICK, kind)} <= {*getattr(FULL, kind)}
+    assert QUICK.digits < FULL.digits and QUICK.images < FULL.images
 
 
 @needs_mnist

@@ -17,7 +17,7 @@ import pytest
 from runtime import open_bundle
 from runtime.bundle.files import exclusive, sha256
 from runtime.bundle.manifest import Manifest, PlanSpec, read_manifest, relative_error
-from runtime.engines import EngineOptions, SamplingEngine, cuda, tensorrt
+from runtime.engines import HISTORY, EngineOptions, SamplingEngine, cuda, tensorrt
 from runtime.errors import (
     ArtefactError,
     IncompatibleError,
@@ -91,7 +91,12 @@ def opened(bundle: Path) -> Pipeline:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "more", [{}, {"continue_at": (6, 10), "continue_from": 2}, {"image": (60, 64)}]
+    "more",
+    [
+        {"solver": "ddim"},
+        {"continue_at": (6, 10), "continue_from": 2},
+        {"image": (60, 64), "guidance_interval": (0.2, 0.7)},
+    ],
 )
 def test_plans_draw_what_graphs_draw(
     bundle: Path, library: Library, eta: float, more: dict[str, Any]
@@ -119,19 +124,19 @@ def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     engine = pipeline.engine("r2id")
     assert isinstance(engine, SamplingEngine)
     request = Request([1], (6, 7), steps=5)
-    conditions, weights = request.branches(pipeline.model.condition.labels)
-    inputs, film = pipeline.step_inputs(conditions, (6, 7), 5)
+    guidance = pipeline.guidance(request, table := request.table(pipeline.schedule))
+    inputs, film = pipeline.step_inputs(guidance.conditions, (6, 7), table)
     noise = pipeline.noise(request, request.latent)
-    updates = list(pipeline.updates(film, weights, noise, request, (0, 5)))
-    given = {"latent": noise.draw(), **inputs, **updates[0]}
+    updates = [pipeline.update(film, table, guidance, noise.draw, step) for step in range(5)]
+    state = dict.fromkeys(("latent", *HISTORY, "noise"), noise.draw())
     library.cuda.copies.clear()
-    latent = engine.sample(given, updates).nbytes
+    latent = engine.sample({**state, **inputs}, updates)["latent"].nbytes
     copies = library.cuda.copies
-    assert [n for way, n in copies if way == "device→host"] == [4] * 5 + [latent]
-    assert [n for way, n in copies if way == "device→device"] == [latent] * 5
+    assert [n for way, n in copies if way == "device→host"] == [4] * 5 + [latent] * 3
+    assert [n for way, n in copies if way == "device→device"] == [latent] * 15
     marks = [i for i, copy in enumerate(copies) if copy == ("device→host", 4)]
     small = sum(array.nbytes for array in updates[1].values())
-    assert set(updates[1]) == {"film", "keep", "weights"}
+    assert set(updates[1]) == {"film", "row", "weights"}
     for start, end in pairwise(marks):
         uploads = [n for way, n in copies[start:end] if way == "host→device"]
         assert len(uploads) == 3 and sum(uploads) == small

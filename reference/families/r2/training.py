@@ -15,7 +15,7 @@ from reference.data import Images, fit, paint
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid
 from reference.families.r2.text import LabelCondition
-from runtime.sampling import schedule
+from runtime.sampling.schedule import COSINE
 
 WEIGHTS = ("uniform", "min-snr", "sigmoid")
 LEAST_ALPHA_BAR = 4.54e-5  # sigmoid(-10), where the sigmoid weight's schedule ends
@@ -94,7 +94,7 @@ def loss_weight(kind: str, parameter: float, alpha_bar: Tensor) -> Tensor:
     if kind == "min-snr":
         return snr.clamp(max=parameter) / snr
     if kind == "sigmoid":  # the cosine schedule's λ = 2·log cot u has dλ/du = -4 / sin 2u
-        slope = math.pi / (1 + schedule.OFFSET) / (2 * (a * (1 - a)).sqrt())
+        slope = math.pi / (1 + COSINE.offset) / (2 * (a * (1 - a)).sqrt())
         return slope * torch.sigmoid(parameter - snr.log())
     return torch.ones_like(a)
 
@@ -194,7 +194,7 @@ class R2IDTask:
         else:
             label = hide(label, self.parts, c["condition_dropout"]).unsqueeze(0)  # [1, B, labels]
         t = (torch.rand(1).double() + torch.arange(len(latent)) / len(latent)) % 1
-        alpha_bar = torch.from_numpy(schedule.alpha_bar(t.numpy())).float().to(device)
+        alpha_bar = torch.from_numpy(COSINE.alpha_bar(t.numpy())).float().to(device)
         a = alpha_bar.view(-1, 1, 1)
         eps = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * eps
