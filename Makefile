@@ -60,7 +60,8 @@ train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was 
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
 
 evaluate: build/mnist/manifest.json ## what a checkpoint is worth: errors, digits read right, pictures
-	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist
+	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist \
+		--provider openvino
 
 bench: .venv/.ready ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
 	$(BIN)/python -m benchmarks.compare

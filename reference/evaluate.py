@@ -222,9 +222,10 @@ def evaluate(args: argparse.Namespace) -> None:
     draw = drawing(args, loaded, train.parts)
     args.out.mkdir(parents=True, exist_ok=True)
     classifier = trained_classifier(train, args.classifier or args.out / "classifier.safetensors")
+    graphs = f"graphs in {args.precision} on {args.provider}"
     settings = {
         "checkpoint": loaded.sha256,
-        "drawn_by": f"graphs in {args.precision}" if args.bundle else "PyTorch",
+        "drawn_by": graphs if args.bundle else "PyTorch",
         "solver": args.solver,
         "steps": draw.sampling.count,
         "guidance_scale": args.guidance,
