@@ -117,7 +117,8 @@ class Evaluation:
         self.report.take("scale_consistency", size_name(size), measure)
         for kind, label in (("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
             labels = (f"k: decodes at k · {curves.SCALED_SIDE} reduced by area", label)
-            self._chart(f"scale-{kind}", "scale_consistency", labels, "x", ("factor", kind))
+            keys = ("factor", kind)
+            self._chart(f"scale-{kind}", "scale_consistency", labels, "x", keys, first=1)
 
     def early_stop(self) -> None:
         """What can be read in x0 on the way."""
@@ -158,9 +159,11 @@ class Evaluation:
         labels: tuple[str, str],
         log: str = "",
         keys: tuple[str, ...] = (),
+        first: int = 0,
     ) -> None:
+        """The curves of a kind, all their lists or `keys` alone, from their point `first` on."""
         found = self.report.found[kind]
-        chosen = {size: {k: c[k] for k in keys or c} for size, c in found.items()}
+        chosen = {size: {k: c[k][first:] for k in keys or c} for size, c in found.items()}
         save_chart(self.out / f"{name}.png", chosen, labels, log)
 
 
