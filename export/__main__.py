@@ -3,6 +3,7 @@
 import argparse
 import platform
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -10,16 +11,15 @@ import onnxruntime
 import torch
 from tqdm import tqdm
 
-from export.chunk import chunk_ffn
-from export.to_onnx import OPSET, GraphSource, onnx_from_source, sources
-from export.verify import parity, trajectory_parity
+from export.graph_files import make_graph
+from export.processes import in_processes
+from export.to_onnx import OPSET, sources
+from export.verify import trajectory_parity
 from reference import checkpoint
 from runtime import cli
-from runtime.bundle.files import sha256, staging
-from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
+from runtime.bundle.files import staging
+from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest
 from runtime.sampling.schedule import COSINE
-
-LARGEST = {"batch": 4096, "conditions": 64, "height": 65536, "width": 65536, "steps": 10_001}
 
 
 def export(args: argparse.Namespace) -> None:
@@ -37,16 +37,17 @@ def export(args: argparse.Namespace) -> None:
 def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     """Write every graph into `folder`, each checked against PyTorch, and check a trajectory."""
     config = loaded.models.config
-    bar = tqdm(sources(loaded.models), desc="export", unit="graph")
-    specs, for_cpu = {}, {}
-    for source in bar:
+    graphs = sources(loaded.models)
+    # The largest graph takes longest: begun last, it would be waited for alone.
+    ordered = sorted(graphs, key=lambda source: -len(list(source.module.modules())))
+    made = {}
+    bar = tqdm(total=len(ordered), desc="export", unit="graph")
+    for source, specs in in_processes(partial(make_graph, folder=folder), ordered):
+        made[source.name] = specs
         bar.set_postfix_str(source.name)
-        model = onnx_from_source(source)
-        specs[source.name] = write_graph(source, model, folder / f"{source.name}.onnx")
-        chunked = chunk_ffn(model)
-        if chunked is not None:
-            path = folder / f"{source.name}.cpu.onnx"
-            for_cpu[source.name] = write_graph(source, chunked, path)
+        bar.update()
+    bar.close()
+    by_name = {source.name: made[source.name] for source in graphs}
     names = loaded.provenance.get("labels") or map(str, range(config.condition.labels))
     manifest = Manifest(
         model=config,
@@ -61,27 +62,11 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
         },
         schedule=COSINE.to_json(),
         trajectory={},
-        graphs=specs,
-        for_cpu=for_cpu,
+        graphs={name: spec for name, (spec, _) in by_name.items()},
+        for_cpu={name: spec for name, (_, spec) in by_name.items() if spec is not None},
         folder=folder,
     )
     return replace(manifest, trajectory=trajectory_parity(loaded.models, manifest))
-
-
-def write_graph(source: GraphSource, model: onnx.ModelProto, path: Path) -> GraphSpec:
-    """A graph's file in a folder of ours, its spec and its parity on ONNX Runtime."""
-    data = model.SerializeToString(deterministic=True)
-    path.write_bytes(data)
-    axes = {axis for spec in source.inputs for axis in spec.axes if isinstance(axis, str)}
-    spec = GraphSpec(
-        file=path.name,
-        sha256=sha256(data),
-        precision="fp32",
-        inputs=source.inputs,
-        outputs=source.outputs,
-        ranges={axis: (1, high) for axis, high in LARGEST.items() if axis in axes},
-    )
-    return replace(spec, parity=parity(source, data))
 
 
 def worst(manifest: Manifest) -> str:
