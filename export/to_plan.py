@@ -120,7 +120,9 @@ def resolve_targets(library: Any, flavour: str, target: str) -> tuple[str, ...]:
     """
     version = f"{flavour} {library.__version__}"
     if target == "current":
-        return (device_target(),)
+        target = device_target()
+        if not FLAVOURS[flavour].ahead:
+            return (target,)
     if not FLAVOURS[flavour].ahead:
         raise UsageError(
             f"--target {target}: {version} builds for the GPU at hand only; expected current, or "

@@ -1,7 +1,7 @@
 """What runs graphs, by the names of `--provider`, and the options of what builds engines."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from runtime.bundle.profiles import Profile
@@ -16,9 +16,10 @@ class Provider:
     """`ep_name` is ONNX Runtime's own name and `install` the command that brings it.
 
     `plugin` is a module that registers the provider with a plain onnxruntime; `profiles` starts
-    the names of its profile options, where it builds engines for ranges of sizes. One without
-    `ep_name` is no provider of ONNX Runtime but the library in module `package`, with an engine
-    of its own.
+    the names of its profile options, where it builds engines for ranges of sizes. `defaults` are
+    options that it gets where they are not given, `device` is the library's name of its memory and
+    `capture` of the option that captures CUDA graphs. One without `ep_name` is no provider of ONNX
+    Runtime but the library in module `package`, with an engine of its own.
     """
 
     ep_name: str
@@ -26,15 +27,26 @@ class Provider:
     plugin: str = ""
     profiles: str = ""
     package: str = ""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    device: str = ""
+    capture: str = ""
 
 
 PROVIDERS = {
     "cpu": Provider("CPUExecutionProvider", "python -m pip install '.[cpu]'"),
-    "cuda": Provider("CUDAExecutionProvider", "python -m pip install '.[gpu]'"),
+    "cuda": Provider(
+        "CUDAExecutionProvider",
+        "python -m pip install '.[gpu]'",
+        defaults={"use_tf32": "0"},  # the library's own default is 1: products of 10-bit fractions
+        device="cuda",
+        capture="enable_cuda_graph",
+    ),
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
         "python -m pip install '.[gpu]' 'tensorrt>=10,<11'",
         profiles="trt",
+        device="cuda",
+        capture="trt_cuda_graph_enable",
     ),
     "nv-tensorrt-rtx": Provider(
         "NvTensorRTRTXExecutionProvider",

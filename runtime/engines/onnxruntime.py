@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
+from runtime.engines.bound import BoundSession
 from runtime.engines.onnx_file import check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
 from runtime.memory import memory_error
@@ -51,16 +52,19 @@ class OnnxRuntimeEngine:
             options = replace(options, provider="cpu", provider_options={})
             self.session = _open(spec, model, options)
         self.provider = options.provider
+        self._bound = _bound(self.session, spec, options)
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
     ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
-        self.spec.check_inputs(inputs)
+        sizes = self.spec.check_inputs(inputs)
         names = outputs or [t.name for t in self.spec.outputs]
         options = load_library().RunOptions()
         options.only_execute_path_to_fetches = outputs is not None
         try:
+            if self._bound is not None:
+                return self._bound.run(inputs, sizes, names)
             values = self.session.run(names, dict(inputs), options)
         except Exception as error:
             if _out_of_memory(error):
@@ -109,10 +113,20 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
     return session
 
 
+def _bound(session: Any, spec: GraphSpec, options: EngineOptions) -> BoundSession | None:
+    """The session with its tensors on the device, for providers whose memory the library has."""
+    provider, own = PROVIDERS[options.provider], options.provider_options
+    if not provider.device:
+        return None
+    capture = own.get(provider.capture, "0").lower() in ("1", "true")
+    device = provider.device, int(own.get("device_id", "0"))
+    return BoundSession(load_library(), session, spec, device, capture)
+
+
 def _choose(library: Any, settings: Any, options: EngineOptions) -> list[Any] | None:
     """The `providers` of a session; None for a plugin, which the settings name instead."""
     provider = PROVIDERS[options.provider]
-    own = dict(options.provider_options)
+    own = {**provider.defaults, **options.provider_options}
     available = library.get_available_providers()
     if provider.ep_name in available:
         if options.provider != "cpu":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from runtime.bundle.files import atomic_write, exclusive
+from runtime.bundle.files import atomic_write, exclusive, sha256
 from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
 from runtime.bundle.profiles import choose
 from runtime.engines import HISTORY
@@ -347,7 +347,8 @@ def _runtime_config(engine: TensorRTEngine, library: Any) -> Any:
     """How contexts run: memory per profile and, for RTX, CUDA graphs and kept kernels.
 
     Shape-specialised kernels are compiled in the background while a fallback runs. The cache is
-    read where the library accepts it (it checks version, GPU and driver) and kept at the end.
+    read where it is whole and the library accepts it (it checks version, GPU and driver), and kept
+    at the end.
     """
     config = engine.native.create_runtime_config()
     if config is None:
@@ -362,9 +363,11 @@ def _runtime_config(engine: TensorRTEngine, library: Any) -> Any:
         library.DynamicShapesKernelSpecializationStrategy.LAZY
     )
     cache = config.create_runtime_cache()
-    path = cache_folder() / f"{engine.plan.flavour}-{engine.plan.sha256[:24]}.cache"
-    with contextlib.suppress(OSError):
-        cache.deserialize(path.read_bytes())
+    name = f"{engine.plan.flavour}-{engine.plan.sha256[:24]}-{device_target()}.cache"
+    path = cache_folder() / name
+    known = read_cache(path)
+    if known is not None and not cache.deserialize(known):
+        engine.log.errors.clear()  # an older driver's, say: no reason for any later failure
     if not config.set_runtime_cache(cache):
         raise engine.failure("the runtime cache was refused")
     weakref.finalize(engine, save_cache, cache, path)
@@ -377,9 +380,22 @@ def cache_folder() -> Path:
     return Path(home or Path.home() / ".cache") / "r2-edge-toolkit"
 
 
+def read_cache(path: Path) -> bytes | None:
+    """A runtime cache as `save_cache` wrote it; None where there is none or it is damaged."""
+    try:
+        digest, _, data = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return data if digest == sha256(data).encode() else None
+
+
 def save_cache(cache: Any, path: Path) -> None:
-    """Write a runtime cache, locked; without it only the next start is slower, so never fails."""
+    """Write a runtime cache after a line of its SHA-256, locked; see `read_cache`.
+
+    Without it only the next start is slower, so this never fails.
+    """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        data = bytes(cache.serialize())
         with exclusive(path.with_suffix(".lock")), atomic_write(path) as file:
-            file.write(bytes(cache.serialize()))
+            file.write(sha256(data).encode() + b"\n" + data)

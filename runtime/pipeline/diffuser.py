@@ -286,6 +286,8 @@ class Diffuser:
                 branched.add(name)
             else:
                 fixed[name] = value
+        for value in fixed.values():
+            value.flags.writeable = False  # so that an engine may keep its copy on a device
         return StepInputs(fixed, frozenset(branched), varying, frozenset(gathered), place)
 
     def outliving(self, graph: str, given: dict[str, Array]) -> dict[str, Array]:

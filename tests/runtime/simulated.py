@@ -196,7 +196,7 @@ class Library:
         self.config = SimpleNamespace(
             set_execution_context_allocation_strategy=lambda strategy: None,
             create_runtime_cache=lambda: SimpleNamespace(
-                deserialize=self.blobs.append,
+                deserialize=self.take_blob,
                 serialize=lambda: b"kernels",
             ),
             set_runtime_cache=lambda cache: self.answer("set_runtime_cache", True, False),
@@ -210,6 +210,10 @@ class Library:
             return self.answer("deserialize_cuda_engine", Engine(self, data), None)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+    def take_blob(self, blob: bytes) -> bool:
+        self.blobs.append(blob)
+        return bool(self.answer("deserialize", True, False))
 
     def answer(self, name: str, good: Any, bad: Any) -> Any:
         """`good`, or where the call is to fail, `bad` and a message."""

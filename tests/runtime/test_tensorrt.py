@@ -348,12 +348,40 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     del engine
     gc.collect()
     kept = list((tmp_path / "cache").rglob("*.cache"))
-    assert [path.read_bytes() for path in kept] == [b"kernels"]
-    assert opened(bundle).engines.open("r2id_film") and library.blobs == [b"kernels"]
+    assert len(kept) == 1 and kept[0].stem.endswith("sm89")
+    assert tensorrt.read_cache(kept[0]) == b"kernels"
+    engine = opened(bundle).engines.open("r2id_film")
+    assert library.blobs == [b"kernels"]
     kept[0].write_bytes(b"old")
     with exclusive(kept[0].with_suffix(".lock")):  # another process is writing it: left alone
+        del engine
         gc.collect()
-    assert kept[0].read_bytes() == b"old"
+        assert kept[0].read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("cut", [slice(-1), slice(70), slice(1, None), slice(0)])
+def test_damaged_kernels_never_reach_the_library(
+    bundle: Path, library: Library, tmp_path: Path, cut: slice
+) -> None:
+    opened(bundle).engines.open("r2id_film")
+    gc.collect()
+    (kept,) = (tmp_path / "cache").rglob("*.cache")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[cut])
+    opened(bundle).engines.open("r2id_film")
+    assert library.blobs == []
+    gc.collect()  # and the next start finds whole ones
+    assert kept.read_bytes() == whole
+
+
+def test_refused_kernels_are_no_reason_for_a_later_failure(bundle: Path, library: Library) -> None:
+    opened(bundle).engines.open("r2id_film")
+    gc.collect()
+    library.failing, library.says = "deserialize", "of another driver"
+    engine = opened(bundle).engines.open("r2id_film")
+    library.failing, library.says = "execute_async_v3", "the native reason"
+    with pytest.raises(IncompatibleError, match=r"by tensorrt_rtx 9\.9: the native reason\."):
+        engine.run({"alpha_bar": np.full(3, 0.5, np.float32)})
 
 
 def manifest_of(bundle: Path) -> tuple[Manifest, PlanSpec]:
