@@ -9,10 +9,10 @@ largest value. Writes compare.json, time.png and memory.png.
 """
 
 import argparse
-import multiprocessing
 import platform
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Collection, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,23 +20,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks import report
-from benchmarks.contenders import (
-    CONTENDERS,
-    GEMMS,
-    Contender,
-    Prepared,
-    Size,
-    add_options,
-    measure,
-    prepare,
-)
+from benchmarks import apart, report
+from benchmarks.contenders import CONTENDERS, GEMMS, Contender, Prepared, Size, add_options, prepare
+from benchmarks.steps import measure_all
 from runtime import cli, doctor
 from runtime.bundle.interface import size_name
 from runtime.errors import IncompatibleError
 
 SIZES = ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256))
 QUICK_SIZES = ((16, 16), (64, 64))
+LEAST_SHARE = 1.0  # seconds, below which no process is worth its start
 MODULES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "matplotlib")
 
 
@@ -53,42 +46,88 @@ def compare(args: argparse.Namespace) -> None:
     rounds, seconds = args.rounds or (1 if quick else 3), 1.0 if quick else 4.0
     contenders = [c for c in CONTENDERS if not (quick and c.slow)]
     args.out.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1)
-    with tempfile.TemporaryDirectory() as name, pool:
-        with tqdm(total=1, desc="export", unit="bundle") as bar:
-            prepared = pool.submit(prepare, Path(name), args.config, sizes).result()
-            bar.update()
-        runs: report.Runs = {}
-        turns = [c for _ in range(rounds) for c in (*GEMMS, *contenders)]
-        for size in sizes:
-            runs[size] = run_all(pool, prepared, turns, size, args.threads, seconds)
-        rows = report.rows_of(prepared, runs)
-    rates = {gemm.name: report.gemm_rates(prepared, runs, gemm.name) for gemm in GEMMS}
-    print(report.as_text(rows, rates))
-    report.write_json(args.out / "compare.json", rows, rates, about(args, rounds))
-    report.draw(args.out, rows, max(rates[GEMMS[0].name]))
+    with tempfile.TemporaryDirectory() as name:
+        prepared = prepared_apart(Path(name), args.config, sizes, contenders)
+        each = [c for _ in range(rounds) for c in (*GEMMS, *contenders)]
+        turns = [(contender, [size]) for size in sizes for contender in each]
+        runs, failed = run_turns(prepared, turns, args.threads, seconds)
+        rates = {gemm.name: report.gemm_rates(prepared, runs, gemm.name) for gemm in GEMMS}
+        rate = max(rates[GEMMS[0].name], default=None)
+        rows = report.rows_of(prepared, runs, contenders, lambda _: rate)
+    print(report.as_text(rows, rates, failed))
+    found = {"gemm_flops_per_second": rates, **about(args, rounds)}
+    report.write_json(args.out / "compare.json", rows, failed, found)
+    limits = {f"limit: {rate / 1e9:.0f} GFLOP/s": report.limit(rows, rate)} if rate else {}
+    seconds_panel = report.Panel("seconds per step (minimum)", lambda row: row.minimum, limits)
+    report.draw(args.out / "time.png", rows, [seconds_panel])
+    report.draw(args.out / "memory.png", rows, [report.memory_panel()])
     print(f"{args.out}: compare.json, time.png, memory.png")
 
 
-def run_all(
-    pool: ProcessPoolExecutor,
+def prepared_apart(
+    folder: Path, config: str, sizes: list[Size], contenders: Iterable[Contender]
+) -> Prepared:
+    """Everything written to `folder` in a process of its own, so that this one stays small."""
+    forms = {c.graph for c in contenders if c.graph.startswith("r2id.")} - {"r2id.cpu"}
+    with tqdm(total=1, desc="export", unit="bundle") as bar:
+        (prepared,) = apart.items(prepare_one, folder, config, sizes, sorted(forms))
+        bar.update()
+    if isinstance(prepared, apart.Failure):
+        raise RuntimeError(f"the export failed: {prepared.reason}")
+    assert isinstance(prepared, Prepared)
+    return prepared
+
+
+def prepare_one(
+    folder: Path, config: str, sizes: list[Size], forms: Collection[str]
+) -> list[Prepared]:
+    return [prepare(folder, config, sizes, forms)]
+
+
+Turn = tuple[Contender, list[Size]]
+
+
+def run_turns(
     prepared: Prepared,
-    turns: list[Contender],
-    size: Size,
+    turns: list[Turn],
     threads: int,
     seconds: float,
-) -> dict[str, list[Any]]:
-    """What each contender measured in its turns at one size."""
-    found: dict[str, list[Any]] = {contender.name: [] for contender in turns}
-    with tqdm(total=len(turns), desc=size_name(size), unit="run") as bar:
-        for contender in turns:
-            first = contender.engine == "torch.compile" and not found[contender.name]
-            bar.set_postfix_str(contender.name + " (compiling: a minute)" * first)
-            task = pool.submit(measure, prepared, contender, size, threads, seconds)
-            found[contender.name].append(task.result())
-            bar.update()
-    return found
+    device: str = "cpu",
+    budget: float | None = None,
+    on_turn: Callable[[report.Runs, list[report.Failed]], object] | None = None,
+) -> tuple[report.Runs, list[report.Failed]]:
+    """What each turn measured, in a process of its own, and which gave nothing and why.
+
+    All turns together take at most `budget` seconds: a turn may use twice its even share of what is
+    left, and what others leave is for those after them. `on_turn` gets all that is known so far.
+    """
+    runs: report.Runs = {size: {} for _, sizes in turns for size in sizes}
+    failed: list[report.Failed] = []
+    end = None if budget is None else time.monotonic() + budget
+    with tqdm(total=sum(len(sizes) for _, sizes in turns), unit="run") as bar:
+        for number, (contender, sizes) in enumerate(turns):
+            bar.set_postfix_str(f"{contender.name}, {' '.join(map(size_name, sizes))}")
+            share = None if end is None else share_of(end - time.monotonic(), len(turns) - number)
+            rest = [*sizes]
+            given = prepared, contender, sizes, threads, seconds, device
+            results: Iterable[Any] = [apart.Failure("left out: the time was used up")]
+            if share is None or share >= LEAST_SHARE:
+                results = apart.items(measure_all, *given, seconds=share)
+            for found in results:
+                if isinstance(found, apart.Failure):
+                    failed.append(report.Failed(contender.name, (*rest,), found.reason))
+                elif rest:
+                    runs[rest.pop(0)].setdefault(contender.name, []).append(found)
+                    bar.update()
+            bar.update(len(rest))
+            if on_turn is not None:
+                on_turn(runs, failed)
+    return runs, failed
+
+
+def share_of(left: float, turns: int) -> float:
+    """Seconds that a turn may take of those that are left for it and the turns after it."""
+    return max(0.0, min(left, 2 * left / turns))
 
 
 def about(args: argparse.Namespace, rounds: int) -> dict[str, Any]:
@@ -100,6 +139,7 @@ def about(args: argparse.Namespace, rounds: int) -> dict[str, Any]:
         "config": args.config,
         "rounds": rounds,
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "openvino")},
+        "memory": "bytes resident at the peak; own: less those before the model was loaded",
     }
 
 

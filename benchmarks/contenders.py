@@ -1,14 +1,11 @@
 """What is compared: a guided denoising step in several forms, on several engines.
 
-`prepare` needs PyTorch and writes graphs and inputs; `measure` runs one contender in a process of
-its own, which imports that contender's library alone, so that its memory is its own.
+`prepare` needs PyTorch and writes graphs and inputs; `benchmarks.steps` measures contenders.
 """
 
 import argparse
 import multiprocessing
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +19,6 @@ from runtime.bundle.files import sha256
 from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import Array, GraphSpec, Lifetime, TensorSpec
 from runtime.coordinates import grid
-from runtime.engines import EngineOptions
-from runtime.memory import peak_resident, resident
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +26,11 @@ if TYPE_CHECKING:
     from reference.checkpoint import Models
 
 Size = tuple[int, int]
-Step = Callable[[], Array]
 Interface = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 ALPHA_BAR = 0.3
 LABEL = 7
 GEMM_ROWS = 1024  # tokens of the product that gives the machine's rate: its arrays stay in cache
-FEWEST_STEPS = 3
 WEIGHT_NOISE = 0.02  # standard deviation; the weights' own is 0.04 at the published width
 EXPORT_SIZE = (5, 7)
 
@@ -46,8 +39,9 @@ EXPORT_SIZE = (5, 7)
 class Contender:
     """`engine` runs `graph`; torch runs the published layout's module itself.
 
-    A `peer` heads a column of ratios: what a user could pick instead, or our own fp32. A quick
-    comparison leaves the `slow` ones out.
+    Engines are torch, torch.compile, plan (of TensorRT), a provider by name, or onnxruntime: the
+    provider of the device. A `peer` heads a column of ratios: what a user could pick instead, or
+    our own fp32. A quick comparison leaves the `slow` ones out. `capture`: replays a CUDA graph.
     """
 
     name: str
@@ -56,6 +50,7 @@ class Contender:
     precision: str = "fp32"
     peer: bool = False
     slow: bool = False
+    capture: bool = False
 
 
 # ORT is ONNX Runtime, `chunks` the form of our graph that the runtime opens for processors.
@@ -71,6 +66,26 @@ CONTENDERS = (
     Contender("ours, ORT int8", "cpu", "r2id.int8", slow=True),
     Contender("ours, OpenVINO int8", "openvino", "r2id.int8", slow=True),
 )
+# On a GPU, in the order of their turns. TF32 is fp32 whose products round to 10 bits of fraction.
+PRECISIONS = ("fp32", "bf16", "tf32", "fp16")
+FORMS = {"bf16": "r2id.bf16", "fp16": "r2id.fp16"}
+DEVICE_CONTENDERS = (
+    *(Contender(f"torch eager {p}", "torch", "published", p, peer=True) for p in PRECISIONS),
+    Contender("plain, ORT fp32", "onnxruntime", "published"),
+    *(
+        Contender(f"ours, {name} {p}", engine, FORMS.get(p, "r2id"), p, **more)
+        for name, engine, more in (
+            ("ORT", "onnxruntime", {}),
+            ("ORT captured", "onnxruntime", {"capture": True}),
+            ("plan", "plan", {}),
+        )
+        for p in PRECISIONS
+    ),
+    *(
+        Contender(f"torch.compile {p}", "torch.compile", "published", p, peer=True, slow=True)
+        for p in PRECISIONS
+    ),
+)
 # The same two products of an FFN on both libraries: what the machine gives, and what torch gets.
 GEMMS = (
     Contender("GEMM, ORT", "cpu", "gemm"),
@@ -80,7 +95,10 @@ GEMMS = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """`folder` holds a file per graph and inputs per size; `flops[graph][size]` of one step."""
+    """`folder` holds a file per graph and inputs per size; `flops[kind][size]` of one step.
+
+    Forms of a graph, as r2id.fp16 is of r2id, are of one kind: they share inputs and work.
+    """
 
     folder: Path
     config: str
@@ -91,15 +109,25 @@ class Prepared:
         return self.folder / f"{graph}.onnx"
 
     def inputs(self, graph: str, size: Size) -> dict[str, Array]:
-        """A graph's inputs; its forms share them."""
-        kind = graph.split(".")[0]
-        with np.load(self.folder / f"{kind}-{size_name(size)}.npz") as arrays:
+        """A graph's inputs."""
+        with np.load(self.folder / f"{kind_of(graph)}-{size_name(size)}.npz") as arrays:
             return dict(arrays)
+
+    def work(self, graph: str, size: Size) -> int:
+        """Floating-point operations of a graph's run."""
+        return self.flops[kind_of(graph)][size]
+
+
+def kind_of(graph: str) -> str:
+    return graph.split(".")[0]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each step, eps, and the peak of resident bytes: in all, and since loading."""
+    """Seconds of each step, eps, and the peak of bytes in use: in all, and since loading.
+
+    Of resident memory on a processor; on a GPU of its own memory, the library's context left out.
+    """
 
     seconds: list[float]
     eps: NDArray[np.float32]
@@ -107,13 +135,16 @@ class Measured:
     own: int
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, out: Path = Path("build/bench"), rounds: bool = True
+) -> None:
     """What every comparison of steps can be asked for."""
     add = parser.add_argument
-    add("--rounds", type=cli.number(1, 1000, int), help="processes of each, at each size (3)")
+    if rounds:
+        add("--rounds", type=cli.number(1, 1000, int), help="processes of each, at each size (3)")
     add("--threads", type=cli.number(1, 256, int), default=2, help="CPU threads of each (2)")
     add("--config", default="published", help="configuration in reference/configs (published)")
-    add("--out", type=Path, default=Path("build/bench"), help="folder of the results (build/bench)")
+    add("--out", type=Path, default=out, help=f"folder of the results ({out})")
 
 
 def build(config: str) -> "Models":
@@ -133,8 +164,10 @@ def build(config: str) -> "Models":
     return models
 
 
-def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
-    """Write every graph and the inputs at every size; count the work."""
+def prepare(
+    folder: Path, config: str, sizes: list[Size], forms: Collection[str] = ("r2id.int8",)
+) -> Prepared:
+    """Write every graph, `forms` of the step's among them, and all inputs; count the work."""
     import torch
 
     from benchmarks.published import PublishedR2ID
@@ -160,7 +193,7 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
     specs = {}
     for name, (model, *sides) in graphs.items():
         specs[name] = write_graph(folder, name, model, *sides)
-    flops: dict[str, dict[Size, int]] = {name: {} for name in (*graphs, "r2id.int8")}
+    flops: dict[str, dict[Size, int]] = {kind_of(name): {} for name in graphs}
     modules = {"published": PublishedR2ID(models), "r2id": source.module}
     with torch.inference_mode():
         for size in sizes:
@@ -169,12 +202,22 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
                 arrays = {key: tensor.numpy() for key, tensor in feed.items()}
                 np.savez(folder / f"{name}-{size_name(size)}.npz", **arrays)
                 flops[name][size] = count_flops(modules[name], feed)
-            flops["r2id.cpu"][size] = flops["r2id.int8"][size] = flops["r2id"][size]
             flops["gemm"][size] = 2 * 2 * GEMM_ROWS * width(models) * 4 * width(models)
     prepared = Prepared(folder, config, specs, flops)
-    int8 = in_int8(ours, specs["r2id"], sizes[0], prepared.inputs("r2id", sizes[0]))
-    specs["r2id.int8"] = write_graph(folder, "r2id.int8", int8, source.inputs, source.outputs)
+    for form in sorted(forms):
+        made = in_form(form, ours, specs["r2id"], prepared.inputs("r2id", sizes[0]), sizes[0])
+        specs[form] = write_graph(folder, form, made, source.inputs, source.outputs)
     return prepared
+
+
+def in_form(form: str, model: Any, spec: GraphSpec, inputs: dict[str, Array], size: Size) -> Any:
+    """The step graph in the precision that ends a form's name."""
+    precision = form.split(".")[1]
+    if precision == "int8":
+        return in_int8(model, spec, size, inputs)
+    from calibration.half import half_from_fp32
+
+    return half_from_fp32(model, spec, precision)
 
 
 def write_graph(
@@ -190,7 +233,9 @@ def write_graph(
     path.write_bytes(data)
     # A plain export gets no form per size in OpenVINO, as nobody asked for one.
     lifetime: Lifetime = "size" if name.startswith("published") else "step"
-    return GraphSpec(path.name, sha256(data), "fp32", lifetime, inputs, outputs, {})
+    form = name.split(".")[-1]
+    precision = form if form in PRECISIONS else "fp32"
+    return GraphSpec(path.name, sha256(data), precision, lifetime, inputs, outputs, {})
 
 
 def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -> Any:
@@ -313,75 +358,3 @@ def our_inputs(models: "Models", size: Size) -> "dict[str, Tensor]":
         "text_k": text_k.unsqueeze(1),
         "text_v": text_v.unsqueeze(1),
     }
-
-
-def measure(
-    prepared: Prepared, contender: Contender, size: Size, threads: int, seconds: float
-) -> Measured:
-    """Time a contender's steps for `seconds`, two at least; for a process of its own."""
-    given = contender.graph
-    feed = gemm_input(prepared) if given == "gemm" else prepared.inputs(given, size)
-    open_step = open_torch if contender.engine.startswith("torch") else open_engine
-    step, before = open_step(prepared, contender, feed, threads)
-    for _ in range(2):
-        eps = step()
-    times: list[float] = []
-    while len(times) < FEWEST_STEPS or sum(times) < seconds:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    peak = peak_resident()
-    return Measured(times, eps.copy(), peak, peak - before)
-
-
-def gemm_input(prepared: Prepared) -> dict[str, Array]:
-    channels = prepared.specs["gemm"].inputs[0].axes[-1]
-    return {"x": np.ones((1, GEMM_ROWS, int(channels)), np.float32)}
-
-
-def open_engine(
-    prepared: Prepared, contender: Contender, feed: dict[str, Array], threads: int
-) -> tuple[Step, int]:
-    """A step on an engine of the runtime, and the resident bytes before its graph was opened."""
-    spec = prepared.specs[contender.graph]
-    model = prepared.file(contender.graph).read_bytes()
-    options = EngineOptions(contender.engine, threads=threads, precision=contender.precision)
-    name = spec.outputs[0].name
-    if contender.engine == "openvino":
-        from runtime.engines.openvino import OpenVinoEngine, load_core
-
-        load_core()
-        before = resident()
-        compiled = OpenVinoEngine(spec, model, options)
-        return lambda: compiled.run(feed)[name], before
-    from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-
-    load_library()
-    before = resident()
-    session = OnnxRuntimeEngine(spec, model, options)
-    return lambda: session.run(feed)[name], before
-
-
-def open_torch(
-    prepared: Prepared, contender: Contender, feed: dict[str, Array], threads: int
-) -> tuple[Step, int]:
-    """A step in PyTorch, and the resident bytes before the model was built."""
-    # Compiled code is kept, so that only the first round of a size has to wait for it.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepared.folder / "inductor"))
-    import torch
-
-    from benchmarks.published import PublishedR2ID
-
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
-    before = resident()
-    models = build(prepared.config)
-    module: Callable[..., Tensor] = PublishedR2ID(models)
-    if contender.graph == "gemm":
-        ffn = models.r2id.encoder[0].ffn
-        up, down = (linear.weight.T.contiguous() for linear in (ffn.up, ffn.down))
-        module = lambda x: x @ up @ down  # noqa: E731
-    if contender.engine == "torch.compile":
-        module = torch.compile(module)
-    inputs = [torch.from_numpy(array) for array in feed.values()]
-    return lambda: module(*inputs).numpy(), before

@@ -1,30 +1,41 @@
-"""What a comparison found: rows, a table, JSON and two pictures."""
+"""What a comparison found: rows, a table, JSON and pictures."""
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, GEMMS, Measured, Prepared, Size
+from benchmarks.contenders import Contender, Measured, Prepared, Size
 from runtime import cli
 from runtime.bundle.files import atomic_write
 from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import relative_error
 
-REFERENCE = CONTENDERS[0]
-PEERS = tuple(contender.name for contender in CONTENDERS if contender.peer)
+FEW = 10  # lines of a chart that colours tell apart at a glance
 Runs = dict[Size, dict[str, list[Measured]]]
+# FLOPs per second that the machine's products reach in a contender's precision; None if unmeasured.
+Rate = Callable[[Contender], float | None]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A contender that gave nothing at some sizes, and why."""
+
+    contender: str
+    sizes: tuple[Size, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
 class Row:
     """One contender at one size. `faster`: the median of each peer over its own median.
 
-    `gemm_share`: counted FLOPs per second of the fastest step over the machine's rate in fp32.
-    `peak_bytes` and `own_bytes`: resident memory, in all and since the model was loaded.
-    `file_bytes`: the graph's file, None where there is none.
+    `error`: of eps, relative to the first contender's, None where that has none. `gemm_share`:
+    counted FLOPs per second of the fastest step over the machine's rate. `peak_bytes` and
+    `own_bytes`: memory, in all and since the model was loaded. `file_bytes`: the graph's file,
+    None where there is none.
     """
 
     contender: str
@@ -32,9 +43,9 @@ class Row:
     width: int
     minimum: float
     median: float
-    error: float
+    error: float | None
     flops: int
-    gemm_share: float
+    gemm_share: float | None
     peak_bytes: int
     own_bytes: int
     file_bytes: int | None
@@ -48,45 +59,56 @@ class Row:
 def gemm_rates(prepared: Prepared, runs: Runs, name: str) -> list[float]:
     """FLOPs per second of the fastest product of every process that ran one."""
     return [
-        prepared.flops["gemm"][size] / min(run.seconds)
+        prepared.work("gemm", size) / min(run.seconds)
         for size, own in runs.items()
         for run in own[name]
     ]
 
 
-def rows_of(prepared: Prepared, runs: Runs) -> list[Row]:
-    """Every contender at every size, in the order of CONTENDERS."""
-    rate = max(gemm_rates(prepared, runs, GEMMS[0].name))
+def rows_of(
+    prepared: Prepared, runs: Runs, contenders: Sequence[Contender], rate: Rate
+) -> list[Row]:
+    """Every contender at every size where it ran, in their order; errors are to the first's eps."""
     rows = []
     for size, own in runs.items():
-        times = {name: [s for run in found for s in run.seconds] for name, found in own.items()}
-        wanted = own[REFERENCE.name][0].eps
-        for contender in (c for c in CONTENDERS if c.name in own):
+        medians = {
+            name: statistics.median(s for run in found for s in run.seconds)
+            for name, found in own.items()
+            if found
+        }
+        peers = {c.name: medians[c.name] for c in contenders if c.peer and c.name in medians}
+        first = own.get(contenders[0].name)
+        for contender in (c for c in contenders if c.name in medians):
             name, found = contender.name, own[contender.name]
-            median, flops = statistics.median(times[name]), prepared.flops[contender.graph][size]
+            minimum = min(s for run in found for s in run.seconds)
+            flops, most = prepared.work(contender.graph, size), rate(contender)
+            error = None
+            if first:
+                wanted = first[0].eps
+                error = relative_error(found[0].eps.reshape(wanted.shape), wanted)
             is_graph = not contender.engine.startswith("torch")
             rows.append(
                 Row(
                     name,
                     *size,
-                    min(times[name]),
-                    median,
-                    relative_error(found[0].eps.reshape(wanted.shape), wanted),
+                    minimum,
+                    medians[name],
+                    error,
                     flops,
-                    flops / min(times[name]) / rate,
+                    flops / minimum / most if most else None,
                     max(run.peak for run in found),
                     max(run.own for run in found),
                     prepared.file(contender.graph).stat().st_size if is_graph else None,
-                    {p: statistics.median(times[p]) / median for p in PEERS if p in own},
+                    {peer: median / medians[name] for peer, median in peers.items()},
                 )
             )
     return rows
 
 
-def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
-    """A table per size, then the machine's rates and how evenly time grows with tokens."""
-    peers = [peer for peer in PEERS if peer in rows[0].faster]
-    heading: list[object] = ["", "min s", "median s", "µs/token", "of GEMM"]
+def as_text(rows: list[Row], rates: dict[str, list[float]], failed: Sequence[Failed] = ()) -> str:
+    """A table per size, then the machine's rates, how evenly time grows, and what did not run."""
+    peers = [*dict.fromkeys(peer for row in rows for peer in row.faster)]
+    heading: list[object] = ["", "min s", "median s", "steps/s", "µs/token", "of GEMM"]
     heading += ["peak MB", "own MB", "file MB", "error"]
     lines = []
     for size in dict.fromkeys((row.height, row.width) for row in rows):
@@ -94,17 +116,25 @@ def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
             heading + [f"vs {peer.removeprefix('torch ')}" for peer in peers]
         ]
         for row in (row for row in rows if (row.height, row.width) == size):
-            times = [f"{row.minimum:.4f}", f"{row.median:.4f}"]
-            times += [f"{row.minimum / row.tokens * 1e6:.1f}", f"{row.gemm_share:.0%}"]
+            times = [f"{row.minimum:.4f}", f"{row.median:.4f}", f"{1 / row.median:.4g}"]
+            times += [f"{row.minimum / row.tokens * 1e6:.1f}", shown(row.gemm_share, ".0%")]
             memory = [f"{row.peak_bytes / 1e6:.0f}", f"{row.own_bytes / 1e6:.0f}"]
             memory.append(f"{row.file_bytes / 1e6:.1f}" if row.file_bytes else "")
-            ratios = [f"{row.faster[peer]:.2f}" for peer in peers]
-            table.append([row.contender, *times, *memory, f"{row.error:.0e}", *ratios])
+            ratios = [shown(row.faster.get(peer), ".2f") for peer in peers]
+            table.append([row.contender, *times, *memory, shown(row.error, ".0e"), *ratios])
         lines += [size_name(size), cli.table(table), ""]
-    for name, found in rates.items():
+    for name, found in ((name, found) for name, found in rates.items() if found):
         low, high = min(found) / 1e9, max(found) / 1e9
         lines.append(f"{name}: {high:.0f} GFLOP/s at best, {low:.0f} in the slowest process")
-    return "\n".join([*lines, *evenness(rows)])
+    lines += evenness(rows)
+    for one in failed:
+        sizes = ", ".join(map(size_name, one.sizes))
+        lines.append(f"{one.contender}: did not run at {sizes}: {one.reason}")
+    return "\n".join(lines)
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def evenness(rows: list[Row]) -> Iterable[str]:
@@ -116,50 +146,61 @@ def evenness(rows: list[Row]) -> Iterable[str]:
 
 
 def write_json(
-    path: Path, rows: list[Row], rates: dict[str, list[float]], about: dict[str, Any]
+    path: Path, rows: list[Row], failed: Sequence[Failed], about: dict[str, Any]
 ) -> None:
-    """All rows and rates, with what they were measured on."""
+    """All rows and what did not run, with what they were measured on."""
     content = {
         **about,
-        "gemm_flops_per_second": rates,
-        "memory": "bytes resident at the peak; own: less those before the model was loaded",
         "rows": [vars(row) for row in rows],
+        "failed": [vars(one) for one in failed],
     }
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
-def draw(folder: Path, rows: list[Row], rate: float) -> None:
-    """`time.png` (seconds over tokens, with the limit) and `memory.png` (MB over pixels)."""
-    flops = {row.tokens: row.flops for row in rows if row.contender.startswith("ours")}
-    limit = {tokens: count / rate for tokens, count in flops.items()}
-    note = f"limit: {rate / 1e9:.0f} GFLOP/s"
-    time = {"seconds per step (minimum)": lambda row: row.minimum}
-    memory = {"peak memory, MB": lambda row: row.peak_bytes / 1e6}
-    for file, measure, line in (("time.png", time, limit), ("memory.png", memory, {})):
-        ((label, value),) = measure.items()
-        _plot(folder / file, rows, label, value, line, note)
+@dataclass(frozen=True)
+class Panel:
+    """A chart over latent sizes: what of a row it shows, its axis' label, and curves of limits."""
+
+    label: str
+    value: Callable[[Row], float]
+    limits: dict[str, dict[int, float]]
 
 
-def _plot(
-    path: Path, rows: list[Row], label: str, value: Any, limit: dict[int, float], note: str
-) -> None:
+def limit(rows: list[Row], rate: float) -> dict[int, float]:
+    """Seconds that a step's products alone take at a rate, by tokens."""
+    return {row.tokens: row.flops / rate for row in rows if row.contender.startswith("ours")}
+
+
+def memory_panel() -> Panel:
+    return Panel("peak memory, MB", lambda row: row.peak_bytes / 1e6, {})
+
+
+def draw(path: Path, rows: list[Row], panels: Sequence[Panel], title: str = "") -> None:
+    """Panels above each other, a line per contender: ours solid, a colour for each kind."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for number, name in enumerate(dict.fromkeys(row.contender for row in rows)):
-        own = [row for row in rows if row.contender == name]
-        points = [row.tokens for row in own], [value(row) for row in own]
-        style = "o-" if name.startswith("ours") else "s--"
-        axes.plot(*points, style, color=f"C{number}", label=name, linewidth=1.4, markersize=4)
-    if limit:
-        axes.plot([*limit], [*limit.values()], "k:", label=note, linewidth=1.2)
+    names = [*dict.fromkeys(row.contender for row in rows)]
+    many = len(names) > FEW
+    colours = mpl.colormaps["turbo" if many else "tab10"].resampled(max(len(names), FEW))
+    figure = Figure(figsize=(7, 4.6 * len(panels)), layout="constrained")
+    figure.suptitle(title, fontsize=9)
     sizes = {row.tokens: f"{row.height}×{row.width}" for row in rows}
-    axes.set(xscale="log", yscale="log", xlabel="latent pixels (tokens)", ylabel=label)
-    axes.set_xticks([*sizes], [*sizes.values()])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for number, name in enumerate(names):
+            own = [row for row in rows if row.contender == name]
+            points = [row.tokens for row in own], [panel.value(row) for row in own]
+            style = "o-" if name.startswith("ours") else "s--"
+            axes.plot(
+                *points, style, color=colours(number), label=name, linewidth=1.4, markersize=4
+            )
+        for name, curve in panel.limits.items():
+            axes.plot([*curve], [*curve.values()], "k:", label=name, linewidth=1.2)
+        axes.set(xscale="log", yscale="log", xlabel="latent pixels (tokens)", ylabel=panel.label)
+        axes.set_xticks([*sizes], [*sizes.values()])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=5 if many else 7, ncols=1 + many)
     with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format="png")

@@ -29,11 +29,11 @@ from benchmarks.contenders import (
     Size,
     add_options,
     build,
-    measure,
     our_inputs,
     plain_inputs,
     write_graph,
 )
+from benchmarks.steps import measure
 from export.chunk import chunk_ffn
 from export.families.r2 import bundle as r2
 from export.families.r2 import graphs, parts

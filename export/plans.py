@@ -127,9 +127,10 @@ class PlanBuilder:
         folder: Path,
         bar: Any,
         place: int,
+        tf32: bool = False,
     ):
         self.trt, self.flavour, self.targets = library, flavour, targets
-        self.folder = folder
+        self.folder, self.tf32 = folder, tf32
         self.log = message_log(library)
         self.monitor = progress_monitor(library, bar, place)
 
@@ -192,11 +193,12 @@ class PlanBuilder:
         return self.folder / f"{self.flavour}.timings"
 
     def _config(self, builder: Any, interface: GraphSpec, job: Job) -> Any:
-        """Targets, profiles and caches. fp32 is fp32: TF32's 10-bit products are off."""
+        """Targets, profiles and caches. fp32 is fp32: TF32 is off unless it was asked for."""
         library = self.trt
         config = builder.create_builder_config()
         config.progress_monitor = self.monitor
-        config.clear_flag(library.BuilderFlag.TF32)
+        switch = config.set_flag if self.tf32 else config.clear_flag
+        switch(library.BuilderFlag.TF32)
         if FLAVOURS[self.flavour].ahead:
             config.num_compute_capabilities = len(self.targets)
             for index, target in enumerate(self.targets):

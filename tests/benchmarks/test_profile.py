@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import Contender, measure, prepare
+from benchmarks.contenders import Contender, prepare
 from benchmarks.profile import (
     EIGHT_BITS,
     FORMS,
@@ -17,6 +17,7 @@ from benchmarks.profile import (
     draw,
     node_times,
 )
+from benchmarks.steps import measure
 from runtime.bundle.manifest import relative_error
 
 

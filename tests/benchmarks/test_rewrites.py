@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from benchmarks.contenders import Contender, measure
+from benchmarks.contenders import Contender
 from benchmarks.rewrites import CHUNKED, HOISTED, PATCHED, SHARED, TOLERANCE, WHOLE, prepare
+from benchmarks.steps import measure
 from runtime.bundle.manifest import relative_error
 
 
