@@ -228,8 +228,8 @@ def parts(text: str) -> tuple[str, ...]:
     return found
 
 
-def main() -> None:
-    """The command line."""
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
     p = cli.parser("benchmarks.gpu", __doc__)
     add = p.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda", help="what runs the steps (cuda)")
@@ -240,7 +240,12 @@ def main() -> None:
     add("--sizes", type=cli.sizes, help="HxW,… of the latent, the largest last (16x16 to 256x256)")
     add("--only", type=parts, default=("",), help="eager,plan,…: those so named (all)")
     add_options(p, Path("build/gpu"), rounds=False)
-    cli.run(gpu, p)
+    return p
+
+
+def main() -> None:
+    """The command line."""
+    cli.run(gpu, parser())
 
 
 if __name__ == "__main__":

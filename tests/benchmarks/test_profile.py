@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import Contender, prepare
+from benchmarks.contenders import Contender, Prepared
 from benchmarks.profile import (
     EIGHT_BITS,
     FORMS,
@@ -35,9 +35,8 @@ def test_nodes_are_counted_once_and_the_first_steps_not_at_all() -> None:
     assert by_kind(found) == {EIGHT_BITS: 0, QUANTISING: 0, FP32: 2.5, PASSES: 0.5}
 
 
-def test_int8_runs_in_products_of_8_bits(tmp_path: Path) -> None:
+def test_int8_runs_in_products_of_8_bits(prepared: Prepared, tmp_path: Path) -> None:
     size = (4, 5)
-    prepared = prepare(tmp_path, "tiny", [size])
     found = {form: node_times(prepared, g, size, 1, tmp_path) for form, g in FORMS.items()}
     fp32, int8 = (by_kind(own) for own in found.values())
     assert fp32[EIGHT_BITS] == fp32[QUANTISING] == 0 and min(fp32[FP32], fp32[PASSES]) > 0
