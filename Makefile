@@ -10,10 +10,12 @@ TORCH := torch==2.13.0
 EXTRAS_draw := export
 EXTRAS_full := cpu,openvino,export,tensorrt-rtx,train,bench,test,lint
 EXTRAS_runtime := cpu,openvino,test
+# No lock of its own: of what is in none, NVIDIA's libraries, each package names the versions it needs.
+GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench test lint lock clean
+.PHONY: help generate export plans calibrate train evaluate bench gpu test lint lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,6 +43,11 @@ endef
 .venv-runtime/.runtime: pyproject.toml locks/runtime.txt
 	@echo "== .venv-runtime: ONNX Runtime, OpenVINO and tests, no PyTorch, 0.4 GB"
 	$(call install,.venv-runtime,locks/runtime.txt,-e '.[$(EXTRAS_runtime)]')
+
+# onnxruntime-gpu and onnxruntime overwrite each other, so a GPU has an environment of its own.
+.venv-gpu/.gpu: pyproject.toml locks/full.txt
+	@echo "== .venv-gpu: PyTorch and ONNX Runtime for CUDA, TensorRT for RTX, several GB"
+	$(call install,.venv-gpu,locks/full.txt,$(TORCH) onnxscript -e '.[$(GPU_EXTRAS)]')
 
 build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
@@ -83,6 +90,16 @@ evaluate: .venv/.full build/mnist/manifest.json ## what a checkpoint is worth: e
 bench: .venv/.full ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
 	$(BIN)/python -m benchmarks.compare
 
+# Where pip cannot make the environment, with the packages at hand; what is missing is said by name.
+gpu: ## all that a GPU can settle, in 8 minutes: tests, then steps beside PyTorch, in build/gpu
+	@if nvidia-smi -L 2> /dev/null; then PIP_RETRIES=1 $(MAKE) .venv-gpu/.gpu || \
+		echo "== no .venv-gpu: with the packages at hand"; fi
+	@python=$(PYTHON); test ! -x $(BIN)/python || python=$(BIN)/python; \
+	test ! -e .venv-gpu/.gpu || python=.venv-gpu/bin/python; \
+	test -e build/tiny/manifest.json || ! nvidia-smi -L > /dev/null 2>&1 || \
+		$$python -m tests.tiny build/tiny || echo "== no build/tiny: its tests are skipped"; \
+	$$python -m benchmarks.gpu
+
 lint: .venv/.full ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -106,4 +123,4 @@ lock: ## the newest versions of all packages into locks/, if every test passes w
 	$(MAKE) test && cp locks/*.txt $(CURDIR)/locks/
 
 clean: ## remove what make has made, training runs aside
-	rm -rf build .venv .venv-runtime *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build .venv .venv-runtime .venv-gpu *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -13,16 +13,24 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import apart, gpu
+from benchmarks import apart, gpu, steps
 from benchmarks.compare import run_turns, share_of
 from benchmarks.contenders import DEVICE_CONTENDERS, Contender, Prepared
 from benchmarks.report import as_text, rows_of
+from export import to_plan
 from runtime import doctor
+from runtime.bundle.files import sha256
+from runtime.bundle.manifest import PlanSpec, relative_error
+from runtime.bundle.profiles import choose
+from runtime.engines import tensorrt
+from runtime.errors import UsageError
 from tests.conftest import Command
+from tests.runtime.simulated import simulate
 from tests.runtime.test_faults import LINUX
 
 SIZES = [(4, 5), (8, 6)]
 OURS = Contender("ours", "onnxruntime", "r2id", peer=True)
+OURS_ON_CPU = Contender("ours", "cpu", "r2id")
 ABSENT = Contender("absent", "onnxruntime", "r2id.fp4")
 
 
@@ -100,6 +108,62 @@ def test_every_contender_of_a_gpu_has_its_graph_and_name(prepared: Prepared) -> 
     assert {c.graph for c in DEVICE_CONTENDERS} <= {*prepared.specs}
     for precision in ("fp16", "bf16"):
         assert prepared.specs[f"r2id.{precision}"].precision == precision
+
+
+def test_a_plan_s_steps_are_timed_on_the_device_and_give_its_eps(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a simulated one, whose plan is the graph itself."""
+    library = simulate(monkeypatch)
+    monkeypatch.setattr(steps, "PLAN_WARM", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # set by what is timed, and put back after it
+    data = prepared.file("r2id").read_bytes()
+    sizes = {"height": (1, 4, 8), "width": (1, 6, 8), "batch": (1, 1, 1), "conditions": (2, 2, 2)}
+    plan = PlanSpec(
+        file="r2id.plan",
+        sha256=sha256(data),
+        graph="r2id",
+        precision="fp32",
+        source_sha256=prepared.specs["r2id"].sha256,
+        flavour="tensorrt_rtx",
+        version="9.9",
+        targets=("sm89",),
+        platform=tensorrt.platform_name(),
+        profiles=(sizes, sizes),
+        build_seconds=1.0,
+        bytes=len(data),
+    )
+    monkeypatch.setattr(steps, "build_plan", lambda *_: (data, plan))
+    contender = Contender("plan", "plan", "r2id")
+    for size, found in zip(
+        SIZES, steps.measure_all(prepared, contender, SIZES, 1, 0.0, "cuda"), strict=True
+    ):
+        wanted = steps.measure(prepared, OURS_ON_CPU, size, 1, 0.0).eps
+        assert relative_error(found.eps, wanted) < 1e-5
+        assert len(found.seconds) == steps.FEWEST_STEPS and min(found.seconds) > 0
+        assert found.peak == found.own > 0
+    latent = prepared.inputs("r2id", SIZES[-1])["latent"].nbytes
+    ways = [way for way, count in library.cuda.copies if count == latent]
+    assert ways.count("device→device") > 2 * steps.FEWEST_STEPS
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_plan_of_each_precision_is_built_for_the_gpu_at_hand(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """By the real library, told that one is there."""
+    pytest.importorskip("tensorrt_rtx", reason="no tensorrt-rtx here")
+    monkeypatch.setattr(to_plan, "device_target", lambda: "sm89")
+    (contender,) = (c for c in DEVICE_CONTENDERS if c.name == f"ours, plan {precision}")
+    data, plan = steps.build_plan(prepared, contender)
+    assert len(data) == plan.bytes and plan.targets == ("sm89",)
+    for height, width in SIZES:
+        sizes = {"height": height, "width": width, "batch": 1, "conditions": 2}
+        chosen = plan.profiles[choose(plan.file, plan.profiles, sizes)]
+        assert (chosen["height"][1], chosen["width"][1]) == (height, width)
+    monkeypatch.setattr(to_plan, "device_target", lambda: "sm90")
+    with pytest.raises(UsageError, match="sm90: no target of"):
+        steps.build_plan(prepared, contender)
 
 
 def test_tests_are_counted_and_the_others_named(tmp_path: Path) -> None:

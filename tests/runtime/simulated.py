@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
+
+from runtime.engines import cuda, tensorrt
 
 FUSED = ["weights", "row", "x0_1", "x0_2", "noise", "next", "x0", "size"]
 
@@ -221,3 +224,14 @@ class Library:
             return good
         self.log.log(self.ILogger.ERROR, self.says)
         return bad
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Make this a machine with a GPU of sm89 and TensorRT for RTX 9.9."""
+    made = Library(Cuda())
+    monkeypatch.setattr(tensorrt, "load_library", lambda flavour: made)
+    monkeypatch.setattr(tensorrt, "installed", lambda: ["tensorrt_rtx"])
+    monkeypatch.setattr(tensorrt, "device_target", lambda: "sm89")
+    for module in (tensorrt, cuda):
+        monkeypatch.setattr(module, "load_cuda", lambda: made.cuda)
+    return made

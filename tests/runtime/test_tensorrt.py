@@ -29,7 +29,7 @@ from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import Progress
 from runtime.sampling.request import Request
 from tests.conftest import Command, poison_film
-from tests.runtime.simulated import Cuda, Library
+from tests.runtime.simulated import Library, simulate
 
 NATIVE = (
     *("deserialize_cuda_engine", "create_runtime_config", "set_runtime_cache"),
@@ -70,13 +70,8 @@ def bundle(own_bundle: Path) -> Path:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     """A machine with a GPU of sm89 and TensorRT for RTX 9.9, simulated."""
-    made = Library(Cuda())
-    monkeypatch.setattr(tensorrt, "load_library", lambda flavour: made)
-    monkeypatch.setattr(tensorrt, "load_cuda", lambda: made.cuda)
-    monkeypatch.setattr(tensorrt, "installed", lambda: ["tensorrt_rtx"])
-    monkeypatch.setattr(tensorrt, "device_target", lambda: "sm89")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return made
+    return simulate(monkeypatch)
 
 
 def alter(bundle: Path, name: str, **changes: Any) -> None:
