@@ -181,7 +181,7 @@ def measure_rates(device: str) -> Iterator[tuple[str, float]]:
             torch.randn(side, side, device=device).to(types.get(precision, torch.float32))
             for _ in range(2)
         )
-        yield precision, 2 * side**3 / fastest(device, lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        yield precision, 2 * side**3 / fastest(device, lambda a=a, b=b: a @ b)
     source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # A copy reads each byte and writes it.

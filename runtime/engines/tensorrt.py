@@ -3,11 +3,9 @@
 Their Python interface is one; what differs is in `Flavour` and `_runtime_config`.
 """
 
-import contextlib
 import importlib
 import importlib.util
 import math
-import os
 import platform
 import threading
 import weakref
@@ -20,10 +18,9 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from runtime.bundle.files import atomic_write, exclusive, sha256
 from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
 from runtime.bundle.profiles import choose
-from runtime.engines import HISTORY
+from runtime.engines import HISTORY, kernels
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
 from runtime.sampling.loop import StepCallback
@@ -364,38 +361,11 @@ def _runtime_config(engine: TensorRTEngine, library: Any) -> Any:
     )
     cache = config.create_runtime_cache()
     name = f"{engine.plan.flavour}-{engine.plan.sha256[:24]}-{device_target()}.cache"
-    path = cache_folder() / name
-    known = read_cache(path)
+    path = kernels.folder() / name
+    known = kernels.read(path)
     if known is not None and not cache.deserialize(known):
         engine.log.errors.clear()  # an older driver's, say: no reason for any later failure
     if not config.set_runtime_cache(cache):
         raise engine.failure("the runtime cache was refused")
-    weakref.finalize(engine, save_cache, cache, path)
+    weakref.finalize(engine, kernels.save, cache, path)
     return config
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache folder."""
-    home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return Path(home or Path.home() / ".cache") / "r2-edge-toolkit"
-
-
-def read_cache(path: Path) -> bytes | None:
-    """A runtime cache as `save_cache` wrote it; None where there is none or it is damaged."""
-    try:
-        digest, _, data = path.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    return data if digest == sha256(data).encode() else None
-
-
-def save_cache(cache: Any, path: Path) -> None:
-    """Write a runtime cache after a line of its SHA-256, locked; see `read_cache`.
-
-    Without it only the next start is slower, so this never fails.
-    """
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = bytes(cache.serialize())
-        with exclusive(path.with_suffix(".lock")), atomic_write(path) as file:
-            file.write(sha256(data).encode() + b"\n" + data)

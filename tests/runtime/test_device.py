@@ -115,7 +115,7 @@ def pictures(bundle: Bundle, **more: Any) -> Array:
     return np.asarray(bundle.generate(**{**request, "latent": (6, 9), **more}).latents)
 
 
-REQUESTS = (
+REQUESTS: tuple[dict[str, Any], ...] = (
     {},
     {"eta": 1.0},
     {"solver": "ddim", "eta": 1.0},

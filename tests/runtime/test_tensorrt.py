@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from runtime import open_bundle
 from runtime.bundle.files import exclusive, sha256
 from runtime.bundle.manifest import Manifest, PlanSpec, read_manifest, relative_error
-from runtime.engines import HISTORY, EngineOptions, SamplingEngine, cuda, tensorrt
+from runtime.engines import HISTORY, EngineOptions, SamplingEngine, cuda, kernels, tensorrt
 from runtime.errors import (
     ArtefactError,
     IncompatibleError,
@@ -344,7 +344,7 @@ def test_compiled_kernels_are_kept_for_the_next_start(
     gc.collect()
     kept = list((tmp_path / "cache").rglob("*.cache"))
     assert len(kept) == 1 and kept[0].stem.endswith("sm89")
-    assert tensorrt.read_cache(kept[0]) == b"kernels"
+    assert kernels.read(kept[0]) == b"kernels"
     engine = opened(bundle).engines.open("r2id_film")
     assert library.blobs == [b"kernels"]
     kept[0].write_bytes(b"old")
