@@ -14,9 +14,9 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
+from reference.families.parts.text import LabelCondition
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR
-from reference.families.r2.text import LabelCondition
 from runtime.bundle.files import atomic_write, read_bytes, sha256
 from runtime.config import ModelConfig
 from runtime.errors import ArtefactError
@@ -35,7 +35,9 @@ class Models(nn.Module):
         self.config = config
         self.r2ir = R2IR(config.r2ir, **dropouts.get("r2ir", {}))
         self.r2id = R2ID(config.r2id, **dropouts.get("r2id", {}))
-        self.condition = LabelCondition(config.condition, config.r2id.width)
+        self.condition = LabelCondition(
+            config.condition.labels, config.condition.tokens, config.r2id.width
+        )
 
     def denoiser(self, labels: Tensor, steps: int) -> ddim.Denoiser:
         """eps for `ddim.sample` under conditions `[K, B, labels]`, the zero label being null."""

@@ -16,7 +16,7 @@ from reference.families.parts.embeddings import PositionFeatures, TimeFeatures
 from runtime import coordinates
 from runtime.sampling import ddim, schedule
 
-FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+FILES = sorted((Path(__file__).parents[1] / "golden").glob("r2_*.safetensors"))
 TOLERANCE = 5e-5  # the last bit of a coordinate shows at the top frequencies
 TRAJECTORY_TOLERANCE = 1e-3
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from reference import checkpoint
 from reference.data import fit
+from reference.families.parts.text import LabelCondition
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, grid_tokens, tokens_from_grid
-from reference.families.r2.text import LabelCondition
 from runtime.sampling import schedule
 
 

@@ -2,16 +2,14 @@
 
 from torch import Tensor, nn
 
-from runtime.config import ConditionConfig
-
 
 class LabelCondition(nn.Module):
     """Labels `[..., labels]` (one-hot, mixed or zero) -> text tokens `[..., T, d]`."""
 
-    def __init__(self, config: ConditionConfig, width: int):
+    def __init__(self, labels: int, tokens: int, width: int):
         super().__init__()
-        self.tokens = config.tokens
-        self.project = nn.Linear(config.labels, config.tokens * width)
+        self.tokens = tokens
+        self.project = nn.Linear(labels, tokens * width)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, label: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""Golden files: what the published implementations compute, and what of it was compared."""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from reference.families.parts.published import Published
+
+FOLDER = Path(__file__).parents[2] / "golden"
+
+
+class Golden:
+    """A golden file's tensors and settings; `close` keeps account of what was compared."""
+
+    def __init__(self, name: str):
+        self.path = FOLDER / f"{name}.safetensors"
+        with safe_open(self.path, "pt") as file:
+            self.tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            self.meta: dict[str, Any] = {
+                k: json.loads(v) for k, v in file.metadata().items() if v[0] in "{0123456789"
+            }
+        self.compared: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def state(self, part: str = "") -> Published:
+        """The state dict `state.<part>.*` as a published file."""
+        prefix = f"state.{part}." if part else "state."
+        tensors = {k.removeprefix(prefix): v for k, v in self.tensors.items() if prefix in k}
+        self.compared |= {k for k in self.tensors if k.startswith(prefix)}
+        return Published(Path(f"{part}.pt"), tensors, self.meta.get(part))
+
+    def named(self, pattern: str) -> list[tuple[re.Match[str], Tensor]]:
+        pairs = [(m, t) for k, t in self.tensors.items() if (m := re.fullmatch(pattern, k))]
+        assert pairs, pattern
+        return pairs
+
+    def close(self, found: Tensor, name: str, tolerance: float) -> None:
+        """Within `tolerance` of the largest value of the tensor `name`."""
+        wanted = self.tensors[name]
+        assert found.shape == wanted.shape, name
+        largest = wanted.abs().max().clamp_min(1e-30)
+        error = ((found - wanted).abs().max() / largest).item()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+        self.compared.add(name)
+
+    def rest(self, *inputs: str) -> set[str]:
+        """What was neither compared nor is one of the `inputs`, patterns of whole names."""
+        given = re.compile("|".join(inputs))
+        return {k for k in self.tensors if not given.fullmatch(k)} - self.compared
+
+
+def options(**given: Any) -> argparse.Namespace:
+    """The command line's options of a conversion."""
+    return argparse.Namespace(**{"name": "golden", "heads": None, "fold": None} | given)
