@@ -1,4 +1,4 @@
-"""Training images: MNIST from its IDX files, or any folder of images.
+"""Training images: MNIST from its IDX files, grey or painted, or any folder of images.
 
 Images are held as uint8 `[count, c, h, w]` with labels `[count]` int64.
 """
@@ -25,6 +25,19 @@ MNIST_SHA256 = {
 IDX_UINT8 = 8
 MNIST_MARGIN = 2  # 28 × 28 digits in 32 × 32 images
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Colours that digits and their grounds are painted in, RGB in 0 … 255.
+HUES = {
+    "red": (220, 30, 30),
+    "orange": (255, 140, 0),
+    "yellow": (250, 225, 40),
+    "green": (30, 160, 60),
+    "cyan": (40, 200, 220),
+    "blue": (40, 70, 220),
+    "magenta": (200, 50, 190),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+GROUND = "on-"  # before a hue's name where it is the ground's
 
 
 @dataclass(frozen=True)
@@ -32,12 +45,21 @@ class Images:
     """Pixels uint8 `[count, c, h, w]`, labels int64 `[count]`, label names.
 
     `pad`: another aspect ratio shows the whole image on a dark ground, else it crops.
+    `painted`: each use of a grey image has a hue and a ground of its own, drawn by `paint`; their
+    names are labels too.
     """
 
     pixels: Tensor
     labels: Tensor
     names: tuple[str, ...]
     pad: bool
+    painted: bool = False
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """How many of `names` belong to each part of a condition, in their order."""
+        own = len(self.names) - 2 * len(HUES) * self.painted
+        return (own, len(HUES), len(HUES)) if self.painted else (own,)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -100,6 +122,27 @@ def load_mnist(folder: Path, split: str = "train", check_hash: bool = True) -> I
     pixels = torch.from_numpy(np.pad(digits, ((0, 0), margin, margin)))
     names = tuple(str(digit) for digit in range(10))
     return Images(pixels.unsqueeze(1), torch.from_numpy(labels.astype(np.int64)), names, pad=True)
+
+
+def load_painted_mnist(folder: Path, split: str = "train") -> Images:
+    """MNIST to be painted: labels are the digits, the hues, then the grounds (`on-white`)."""
+    grey = load_mnist(folder, split)
+    names = (*grey.names, *HUES, *(GROUND + hue for hue in HUES))
+    return replace(grey, names=names, painted=True)
+
+
+def draw_hues(count: int) -> Tensor:
+    """Numbers of a stroke's and its ground's hue, int64 `[count, 2]`, never the same two."""
+    stroke = torch.randint(len(HUES), (count,))
+    ground = (stroke + torch.randint(1, len(HUES), (count,))) % len(HUES)
+    return torch.stack([stroke, ground], 1)
+
+
+def paint(grey: Tensor, hues: Tensor) -> Tensor:
+    """Grey `[B, 1, h, w]` in [-1, 1] in the hues `[B, 2]` of stroke and ground: `[B, 3, h, w]`."""
+    palette = torch.tensor([*HUES.values()], device=grey.device) / 127.5 - 1
+    stroke, ground = palette[hues].unsqueeze(-1).unsqueeze(-1).unbind(1)  # [B, 3, 1, 1] each
+    return ground + (stroke - ground) * (grey + 1) / 2
 
 
 def load_folder(folder: Path, channels: int, side: int, labels: int) -> Images:

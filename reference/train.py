@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import random
+import re
 import time
 import tomllib
 from collections.abc import Callable
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from reference import checkpoint
-from reference.data import Images, load_folder, load_mnist
-from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir
+from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
+from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir, start_from
 from reference.families.r2.training import R2IDModels, R2IDTask, R2IRTask, Step, Task
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
@@ -35,13 +37,19 @@ from runtime.errors import NumericalError, UsageError
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("r2ir", "r2id")
-DATASETS = ("mnist", "folder")
+IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
+DATASETS = ("mnist", "painted-mnist", "folder")
 DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
 COMMON_KEYS = {
-    *("steps", "batch", "learning_rate", "final_rate", "warmup", "weight_decay", "clip", "ema"),
-    *("attention_dropout", "ffn_dropout", "jitter", "latent", "aspect"),
+    *("steps", "batch", "optimizer", "learning_rate", "final_rate", "warmup", "decay"),
+    *("weight_decay", "clip", "ema", "attention_dropout", "ffn_dropout"),
+    *("jitter", "latent", "aspect", "square"),
 }
-STAGE_KEYS = {"r2ir": {"queries", "images"}, "r2id": {"cross_dropout", "condition_dropout"}}
+STAGE_KEYS = {
+    "r2ir": {"queries", "images"},
+    "r2id": {"cross_dropout", "condition_dropout", "loss_weight", "keep_summaries"},
+}
+OPTIMIZERS = ("adamw", "muon")
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -97,19 +105,85 @@ class Speed:
     save_every: int
 
 
+class Optimizers:
+    """AdamW, or Muon for the matrices inside the blocks and AdamW for the rest, as one.
+
+    Muon's updates are scaled to the size of AdamW's, so that both take one learning rate.
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; Liu et al.,
+    "Muon is Scalable for LLM Training", eq. 4.
+    """
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]):
+        named, decay = dict(model.named_parameters()), config["weight_decay"]
+        matrices = {
+            name: p
+            for name, p in named.items()
+            if config["optimizer"] == "muon" and p.ndim == 2 and IN_BLOCK.search(name)
+        }
+        others = [p for name, p in named.items() if name not in matrices]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+        ]
+        if matrices:
+            scale = "match_rms_adamw"
+            muon = torch.optim.Muon(matrices.values(), weight_decay=decay, adjust_lr_fn=scale)
+            self.parts.append(muon)
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self, rate: float) -> None:
+        """One update with the learning rate `rate`."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the state by `part.parameter.name`."""
+        return {
+            f"{number}.{index}.{name}": value
+            for number, part in enumerate(self.parts)
+            for index, own in part.state_dict()["state"].items()
+            for name, value in own.items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave."""
+        packed = [part.state_dict() for part in self.parts]
+        for name, value in state.items():
+            number, index, key = name.split(".", 2)
+            own = packed[int(number)]["state"].setdefault(int(index), {})
+            own[key] = value.cpu() if key == "step" else value
+        for part, whole in zip(self.parts, packed, strict=True):
+            part.load_state_dict(whole)
+
+
 class Run:
     """One stage of training in a folder: its state on disk, its log, its loop."""
 
-    def __init__(self, name: str, config: dict[str, Any], images: Images, out: Path, speed: Speed):
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any],
+        images: Images,
+        out: Path,
+        speed: Speed,
+        init: str = "",
+    ):
         self.name, self.config, self.images, self.speed = name, config[name], images, speed
         self.seed: int = config["seed"]
         self.steps: int = self.config["steps"]
         self.state_path = out / f"{name}.state.safetensors"
         self.log_path = out / f"{name}.csv"
-        # A state of another model, data set or earlier stage must not be continued with this one.
+        # A state of another model, data set or earlier stage must not be continued with this one;
+        # more or fewer steps of its own stage go on with it.
         stages = {stage: config[stage] for stage in STAGES[: STAGES.index(name) + 1]}
+        stages[name] = {key: value for key, value in stages[name].items() if key != "steps"}
         models = {stage: config["model"][stage] for stage in stages}
         common = [config["seed"], config["dataset"], config["image"], images.names, len(images)]
+        common += [init] if init else []
         described = json.dumps([stages, models, common], sort_keys=True)
         self.fingerprint = sha256(described.encode())
 
@@ -118,12 +192,7 @@ class Run:
 
         Saves a state every `speed.save_every` steps and continues from the one it finds.
         """
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            betas=(0.9, 0.99),
-            weight_decay=self.config["weight_decay"],
-            fused=True,
-        )
+        optimizer = Optimizers(model, self.config)
         average = {name: p.detach().clone() for name, p in model.state_dict().items()}
         step, seconds, rows = self._resume(model, average, optimizer)
         if step < self.steps:
@@ -163,18 +232,24 @@ class Run:
         generator = torch.Generator().manual_seed(shuffle.getrandbits(62))
         order = torch.randperm(len(self.images), generator=generator)
         chosen = order[position * size :][:size].to(self.speed.device)
-        return Step(index, self.steps, self.images.pixels[chosen], self.images.labels[chosen], draw)
+        images, labels = self.images, self.images.labels[chosen]
+        condition = F.one_hot(labels, len(images.names)).float()
+        hues = None
+        if images.painted:
+            hues = draw_hues(len(chosen)).to(self.speed.device)
+            digits, count = images.parts[:2]
+            condition.scatter_(1, digits + hues + torch.tensor([0, count]).to(hues), 1)
+        steps = (index, self.steps)
+        return Step(*steps, images.pixels[chosen], condition, draw, chosen, hues)
 
     def _step(
         self,
         model: nn.Module,
         loss_of: Callable[..., Tensor],
         inputs: tuple[Tensor, ...],
-        optimizer: torch.optim.Optimizer,
+        optimizer: "Optimizers",
         index: int,
     ) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = self._rate(index)
         with torch.autocast(self.speed.device.type, torch.bfloat16, enabled=self.speed.bf16):
             loss = loss_of(model, *inputs)
         if not math.isfinite(loss.item()):
@@ -185,16 +260,17 @@ class Run:
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), self.config["clip"])
-        optimizer.step()
+        optimizer.step(self._rate(index))
         return float(loss.item())
 
     def _rate(self, index: int) -> float:
-        """Linear warm-up, then a cosine from `learning_rate` to `final_rate`."""
+        """Linear warm-up, `learning_rate`, and a cosine to `final_rate` over the last `decay`."""
         c = self.config
         warmup = max(1, round(c["warmup"] * self.steps))
         if index < warmup:
             return float(c["learning_rate"]) * (index + 1) / warmup
-        progress = (index - warmup) / max(1, self.steps - warmup)
+        start = max(warmup, round((1 - c["decay"]) * self.steps))
+        progress = max(0, index - start) / max(1, self.steps - start)
         swing = (1 + math.cos(math.pi * progress)) / 2
         return float(c["final_rate"] + (c["learning_rate"] - c["final_rate"]) * swing)
 
@@ -202,7 +278,7 @@ class Run:
         self,
         model: nn.Module,
         average: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
+        optimizer: "Optimizers",
         progress: tuple[int, float, list[tuple[int, float]]],
     ) -> None:
         step, seconds, rows = progress
@@ -211,8 +287,7 @@ class Run:
             file.write(("step,loss,learning_rate\n" + "\n".join(lines) + "\n").encode())
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in average.items()}
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.state().items()}
         metadata = {
             "step": str(step),
             "seconds": f"{seconds:.1f}",
@@ -223,7 +298,7 @@ class Run:
             file.write(save_safetensors(contiguous, metadata))
 
     def _resume(
-        self, model: nn.Module, average: dict[str, Tensor], optimizer: torch.optim.Optimizer
+        self, model: nn.Module, average: dict[str, Tensor], optimizer: "Optimizers"
     ) -> tuple[int, float, list[tuple[int, float]]]:
         """Continue from the saved state, where there is one: (step, seconds, log rows)."""
         if not self.state_path.exists():
@@ -242,13 +317,7 @@ class Run:
 
         checkpoint.load_tensors(model, part("model."), self.state_path)
         average.update(part("average."))
-        packed = optimizer.state_dict()
-        for name, value in part("optimizer.").items():
-            index, key = name.split(".", 1)
-            packed["state"].setdefault(int(index), {})[key] = (
-                value.cpu() if key == "step" else value
-            )
-        optimizer.load_state_dict(packed)
+        optimizer.load(part("optimizer."))
         step = int(metadata["step"])
         with self.log_path.open() as file:
             logged = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(file)]
@@ -294,20 +363,27 @@ def train(args: argparse.Namespace) -> None:
         save_every=args.save_every,
     )
     images = load_images(config, args.data).to(device)
-    models = build_models(config, f"--config {name}").to(device)
+    models = build_models(config, f"--config {name}")
+    init = ""
+    if args.init is not None:
+        first = checkpoint.load(args.init)
+        fresh, init = start_from(models, first.models), first.sha256
+        print(f"{args.init}: taken over" + (f" but for {', '.join(fresh)}" if fresh else ""))
+    models = models.to(device)
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     remove_stale(out)
-    runs = [Run(stage, config, images, out, speed) for stage in STAGES]
-    seconds = {"r2ir": runs[0].train(models.r2ir, R2IRTask(config["r2ir"], models, images.pad))}
+    runs = [Run(stage, config, images, out, speed, init) for stage in STAGES]
+    seconds = {"r2ir": runs[0].train(models.r2ir, R2IRTask(config["r2ir"], models, images))}
     models.r2ir.requires_grad_(False)
-    r2id_task = R2IDTask(config["r2id"], models, images.pad)
+    r2id_task = R2IDTask(config["r2id"], models, images)
     seconds["r2id"] = runs[1].train(R2IDModels(models), r2id_task)
     provenance = {
         "command": f"python -m reference.train --config {name}"
         + " --compile" * (speed.compile and not on_gpu)
         + " --bf16" * (speed.bf16 and not on_gpu)
         + f" --dtype {args.dtype}",
+        **({"init": init} if init else {}),
         "seconds": {stage: round(value) for stage, value in seconds.items()},
         "hardware": hardware(device),
         "torch": torch.__version__,
@@ -316,7 +392,7 @@ def train(args: argparse.Namespace) -> None:
     }
     path = out / "checkpoint.safetensors"
     checkpoint.save(path, models, provenance, getattr(torch, args.dtype))
-    draw_losses(out, runs)
+    draw_losses(out, [run for run in runs if run.steps])
     print(f"checkpoint: {path}")
 
 
@@ -324,6 +400,8 @@ def load_images(config: dict[str, Any], folder: Path) -> Images:
     """The configuration's data set out of `folder`."""
     if config["dataset"] == "mnist":
         return load_mnist(folder)
+    if config["dataset"] == "painted-mnist":
+        return load_painted_mnist(folder)
     model = config["model"]
     channels, labels = model["r2ir"]["color_channels"], model["condition"]["labels"]
     return load_folder(folder, channels, config["image"], labels)
@@ -336,6 +414,7 @@ def main() -> None:
     parser.add_argument("--config", default="mnist", help="a name in reference/configs, or a .toml")
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")
     parser.add_argument("--out", type=Path, required=True, help="folder of states and checkpoint")
+    parser.add_argument("--init", type=Path, help="checkpoint whose weights to start from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=optional, help="torch.compile (default: on CUDA)")
     parser.add_argument("--bf16", action=optional, help="bfloat16 autocast (default: on CUDA)")

@@ -130,7 +130,7 @@ def test_bad_configurations_are_refused(tmp_path: Path) -> None:
 
 def test_drawn_sizes_fill_their_range() -> None:
     draw = random.Random(0)
-    sizes = [draw_size(draw, [4, 16], 2.0) for _ in range(4000)]
+    sizes = [draw_size(draw, [4, 16], 2.0, 0.5) for _ in range(4000)]
     assert {side for size in sizes for side in size} == set(range(4, 17))
     assert all(max(size) <= 2 * min(size) for size in sizes)
     assert 0.4 < sum(h == w for h, w in sizes) / len(sizes) < 0.8

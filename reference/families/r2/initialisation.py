@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from reference import checkpoint
 from reference.families.parts.layers import LinearAttention
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR
@@ -122,3 +123,29 @@ def cell_centres(heads: int, cells: int) -> Tensor:
         at = torch.stack([(x + shift[0]) / columns, (y + shift[1]) / rows], -1).flatten(0, 1) - 0.5
         centres.append(at[torch.randperm(len(at))[:cells]])
     return torch.cat(centres)
+
+
+@torch.no_grad()
+def start_from(models: checkpoint.Models, other: checkpoint.Models) -> list[str]:
+    """Take over the weights of `other` in place; returns the names of those that do not fit.
+
+    Another number of colours gets the others' mean, so that grey weights see a colour's lightness
+    and draw grey; of another number of labels those that both have are taken.
+    """
+    wanted, found = models.state_dict(), other.state_dict()
+    colours, before = (m.config.r2ir.color_channels for m in (models, other))
+    if colours != before:
+        weight = found["r2ir.color_in.weight"]
+        value, position = weight[:, :before], weight[:, before:]
+        value = value.sum(1, keepdim=True).expand(-1, colours) / colours
+        found["r2ir.color_in.weight"] = torch.cat([value, position], 1)
+        for name in ("r2ir.color_out.weight", "r2ir.color_out.bias"):
+            found[name] = found[name].mean(0, keepdim=True).expand_as(wanted[name])
+    name = "condition.project.weight"
+    labels = min(found[name].shape[1], wanted[name].shape[1])
+    if len(found[name]) == len(wanted[name]):
+        found[name] = torch.cat([found[name][:, :labels], wanted[name][:, labels:]], 1)
+    fresh = [n for n in wanted if n not in found or found[n].shape != wanted[n].shape]
+    for name in wanted.keys() - set(fresh):
+        wanted[name].copy_(found[name])
+    return fresh

@@ -12,6 +12,8 @@ from reference.families.parts.layers import FFN, GRN, LinearAttention, scale
 from runtime.config import R2IRConfig
 from runtime.coordinates import grid
 
+Summary = list[tuple[Tensor, Tensor]]  # of each block: kv `[B, H, e, e]` and k `[B, H, e]`
+
 
 def grid_tokens(height: int, width: int, device: torch.device) -> Tensor:
     """Coordinates of a grid as tokens, `[1, height · width, 4]`."""
@@ -41,8 +43,10 @@ class Block(nn.Module):
         self.ffn_scale = scale(width, 1.0)
         self.block_scale = scale(width, 0.1)
 
-    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
-        w = query + self.attention_scale * self.attention(self.attention_norm(query), memory)
+    def forward(self, query: Tensor, kv: Tensor, k: Tensor) -> Tensor:
+        """Queries `[B, N, d]` over the summary of a memory, as `attention.summarise` gives it."""
+        read = self.attention.attend(self.attention_norm(query), kv, k)
+        w = query + self.attention_scale * read
         w = w + self.ffn_scale * self.ffn(self.ffn_norm(w))
         return query + self.block_scale * w
 
@@ -85,24 +89,33 @@ class R2IR(nn.Module):
 
     def encode_tokens(self, pixels: Tensor, at: Tensor, to: Tensor) -> Tensor:
         """Pixels `[B, M, c]` at coordinates `[1 or B, M, 4]` -> latent `[B, N, C]` at `to`."""
-        return self._resample(pixels, at, to, self.color_in, self.encoder, self.latent_out)
+        return self.encode_summary(self.summarise(pixels, at), to)
+
+    def summarise(self, pixels: Tensor, at: Tensor) -> Summary:
+        """All that encoding needs of pixels `[B, M, c]` at `at`, for a latent of any size."""
+        return self._summarise(pixels, at, self.color_in, self.encoder)
+
+    def encode_summary(self, summary: Summary, to: Tensor) -> Tensor:
+        """A summary of B images -> latent `[B, N, C]` at coordinates `[1 or B, N, 4]`."""
+        return self._read(summary, to, self.encoder, self.latent_out)
 
     def decode_tokens(self, latent: Tensor, at: Tensor, to: Tensor) -> Tensor:
         """Latent `[B, M, C]` at coordinates `[1 or B, M, 4]` -> pixels `[B, N, c]` at `to`."""
-        return self._resample(latent, at, to, self.latent_in, self.decoder, self.color_out)
+        summary = self._summarise(latent, at, self.latent_in, self.decoder)
+        return self._read(summary, to, self.decoder, self.color_out)
 
-    def _resample(
-        self,
-        values: Tensor,
-        at: Tensor,
-        to: Tensor,
-        project_in: nn.Linear,
-        blocks: nn.ModuleList,
-        project_out: nn.Linear,
-    ) -> Tensor:
+    def _summarise(
+        self, values: Tensor, at: Tensor, project_in: nn.Linear, blocks: nn.ModuleList
+    ) -> Summary:
         position = self.position(at).expand(values.shape[0], -1, -1)
         memory = project_in(torch.cat([values, position], -1))  # [B, M, d]
-        query = self.query_in(self.position(to)).expand(values.shape[0], -1, -1)  # [B, N, d]
-        for block in blocks:
-            query = block(query, memory)
+        return [block.attention.summarise(memory) for block in blocks]
+
+    def _read(
+        self, summary: Summary, to: Tensor, blocks: nn.ModuleList, project_out: nn.Linear
+    ) -> Tensor:
+        batch = summary[0][1].shape[0]
+        query = self.query_in(self.position(to)).expand(batch, -1, -1)  # [B, N, d]
+        for block, (kv, k) in zip(blocks, summary, strict=True):
+            query = block(query, kv, k)
         return project_out(query).float().tanh()
