@@ -222,7 +222,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def positions(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cell centres y `[h]` and x `[w]` of a grid of tokens, the longer side spanning ±1; float64."""
+    """Cell centres y `[h]`, x `[w]` of a grid of tokens, the longer side in [-1, 1]; float64."""
     longer = max(height, width)
     y, x = (torch.arange(n, dtype=torch.float64) * 2 + 1 - n for n in (height, width))
     return y / longer, x / longer

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference import checkpoint
-from reference.families.parts.text import LabelCondition
 from reference.data import Images, fit, paint
+from reference.families.parts.text import LabelCondition
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid
 from runtime.sampling import schedule
