@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx
 import torch
+from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 
 from export.families.r2 import graphs
-from reference.checkpoint import Models
 from runtime.bundle.manifest import Axis, TensorSpec
 from runtime.coordinates import grid
 from runtime.errors import ArtefactError
@@ -49,7 +49,7 @@ def example_input(spec: TensorSpec, sizes: dict[str, int], generator: torch.Gene
     return values.tanh() if spec.name == "pixels" else values
 
 
-def sources(models: Models) -> list[GraphSource]:
+def sources(models: R2Models) -> list[GraphSource]:
     """Every graph of the design, in the order in which the runtime needs them."""
     ir, id_, text = models.config.r2ir, models.config.r2id, models.config.condition
     film = graphs.Film(models)

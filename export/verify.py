@@ -11,9 +11,9 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
+from reference.families.r2.model import R2Models
 
 from export.to_onnx import GraphSource
-from reference.checkpoint import Models
 from runtime.bundle.manifest import Array, Manifest, relative_error
 from runtime.errors import ArtefactError
 from runtime.pipeline.pipeline import Pipeline
@@ -96,7 +96,7 @@ def parity(source: GraphSource, model: bytes, tolerance: float = TOLERANCE) -> l
     return rows
 
 
-def trajectory_parity(models: Models, manifest: Manifest) -> dict[str, Any]:
+def trajectory_parity(models: R2Models, manifest: Manifest) -> dict[str, Any]:
     """A whole guided trajectory and its picture: the bundle against the reference models.
 
     This compares with `reference/`, not with the modules that were exported, so that it also

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reference import checkpoint
-from reference.checkpoint import SHIPPED, Models
+from reference.checkpoint import SHIPPED
 from reference.classifier import (
     IMAGE_SIDE,
     SEED,
@@ -35,6 +35,7 @@ from reference.classifier import (
     trained_classifier,
 )
 from reference.data import Images, fit, load_mnist
+from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime import cli
 from runtime.bundle.files import Measures, atomic_write
@@ -70,7 +71,7 @@ def batches(count: int, size: Size) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def reconstruction(models: Models, test: Images, size: Size, limit: int) -> float:
+def reconstruction(models: R2Models, test: Images, size: Size, limit: int) -> float:
     """MSE of images through latents of a size and back, at the latent's aspect ratio."""
     shape = canvas(size, IMAGE_SIDE)
     total = 0.0
@@ -83,7 +84,7 @@ def reconstruction(models: Models, test: Images, size: Size, limit: int) -> floa
     return total / limit
 
 
-def t_scrape(models: Models, test: Images, size: Size, limit: int) -> dict[str, list[float]]:
+def t_scrape(models: R2Models, test: Images, size: Size, limit: int) -> dict[str, list[float]]:
     """eps MSE over t at latent `size`, under the null and under the true condition."""
     generator = torch.Generator().manual_seed(SEED)
     images = fit(test.pixels[:limit], *canvas(size, IMAGE_SIDE), test.pad)
@@ -103,7 +104,7 @@ def t_scrape(models: Models, test: Images, size: Size, limit: int) -> dict[str, 
 
 
 def generated(
-    models: Models,
+    models: R2Models,
     labels: Tensor,
     size: Size,
     args: argparse.Namespace,
@@ -130,7 +131,7 @@ def generated(
 
 
 def draw_with_torch(
-    models: Models,
+    models: R2Models,
     labels: Tensor,
     part: slice,
     size: Size,
@@ -174,7 +175,7 @@ def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Pipeline | 
     return graphs
 
 
-def digits_read(models: Models, classifier: Classifier, size: Size, args: Any) -> float:
+def digits_read(models: R2Models, classifier: Classifier, size: Size, args: Any) -> float:
     """Share of `args.digits` generated digits at a latent size that are read as their label."""
     labels = torch.arange(args.digits) % 10
     images, _ = generated(models, labels, size, args, f"digits {size_name(size)}")
@@ -203,7 +204,7 @@ def judged(
 
 
 def same_picture(
-    models: Models, classifier: Classifier, kind: str, args: argparse.Namespace
+    models: R2Models, classifier: Classifier, kind: str, args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """What `judged` finds of digits of noise `kind` per size, against the first size's."""
     labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
@@ -264,7 +265,7 @@ def draw_scrapes(scrapes: dict[str, dict[str, list[float]]], path: Path) -> None
         figure.savefig(png, format="png", dpi=120)
 
 
-def draw_sheets(models: Models, test: Images, args: argparse.Namespace) -> None:
+def draw_sheets(models: R2Models, test: Images, args: argparse.Namespace) -> None:
     """Digits at each size, reconstructions under their originals, and latent channels."""
     for size in SHEET_SIZES:
         name = size_name(size)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reference import checkpoint
 from reference.families.parts.embeddings import frequencies
+from reference.families.r2.model import R2Models
 from runtime import cli
 from runtime.bundle.files import check_writable, read_bytes, sha256
 from runtime.config import ConditionConfig, ModelConfig, R2IDConfig, R2IRConfig
@@ -178,7 +179,7 @@ def convert(args: argparse.Namespace) -> None:
             raise UsageError(
                 f"--{part}-heads {heads.heads} does not divide the width {heads.width}"
             )
-    models = checkpoint.Models(config)
+    models = R2Models(config)
     renamed = {k: v for part, state in states.items() for k, v in rename(state, part).items()}
     checkpoint.load_tensors(models, renamed, args.r2ir.parent)
     sources = {part: sha256(path.read_bytes()) for part, path in paths.items()}

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from reference import checkpoint
 from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
 from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir, start_from
+from reference.families.r2.model import R2Models
 from reference.families.r2.training import R2IDModels, R2IDTask, R2IRTask, Step, Task
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
@@ -82,14 +83,14 @@ def check_keys(name: str, section: dict[str, Any], expected: set[str]) -> None:
         )
 
 
-def build_models(config: dict[str, Any], source: str) -> checkpoint.Models:
+def build_models(config: dict[str, Any], source: str) -> R2Models:
     """Fresh models with the configuration's dropouts, initialised from its seed."""
     torch.manual_seed(config["seed"])
     dropouts = {
         stage: {key: config[stage][key] for key in DROPOUTS if key in config[stage]}
         for stage in STAGES
     }
-    models = checkpoint.Models(ModelConfig.from_json(config["model"], source), **dropouts)
+    models = R2Models(ModelConfig.from_json(config["model"], source), **dropouts)
     initialise_r2ir(models.r2ir)
     initialise_r2id(models.r2id)
     return models

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference.families.r2.model import R2Models
 from safetensors.torch import load_file, save_file
 
 from reference import checkpoint, published
@@ -16,18 +17,18 @@ from tests.conftest import Command
 
 
 @pytest.fixture(scope="module")
-def models() -> checkpoint.Models:
+def models() -> R2Models:
     return build_models(read_config("tiny"), "tiny")
 
 
 @pytest.fixture
-def saved(models: checkpoint.Models, tmp_path: Path) -> Path:
+def saved(models: R2Models, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.safetensors"
     checkpoint.save(path, models, {"made": "here"}, torch.float32)
     return path
 
 
-def test_a_checkpoint_comes_back_as_it_was(models: checkpoint.Models, saved: Path) -> None:
+def test_a_checkpoint_comes_back_as_it_was(models: R2Models, saved: Path) -> None:
     loaded = checkpoint.load(saved)
     assert loaded.models.config == models.config
     assert loaded.provenance == {"made": "here"}
@@ -37,7 +38,7 @@ def test_a_checkpoint_comes_back_as_it_was(models: checkpoint.Models, saved: Pat
     assert {name.split(".")[0] for name in wanted} == {"r2ir", "r2id", "condition"}
 
 
-def test_half_precision_is_half_the_file(models: checkpoint.Models, saved: Path) -> None:
+def test_half_precision_is_half_the_file(models: R2Models, saved: Path) -> None:
     half = saved.with_name("half.safetensors")
     checkpoint.save(half, models, {}, torch.float16)
     assert half.stat().st_size < 0.7 * saved.stat().st_size

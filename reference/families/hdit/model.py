@@ -27,7 +27,7 @@ from reference.families.hdit.layers import (
     rotation_angles,
     zeroed,
 )
-from runtime.sampling.ddim import Denoiser
+from reference.families.parts.models import Denoiser, Models
 
 AUGMENTATIONS = 9  # numbers that say how an image was augmented
 
@@ -136,7 +136,7 @@ def run(layers: nn.Module, x: Tensor, cond: Tensor, rotation: Rotation | None) -
     return x
 
 
-class HDiTModels(nn.Module):
+class HDiTModels(Models):
     """HDiT as what a loop over alpha_bar calls."""
 
     def __init__(self, config: HDiTModel):
@@ -144,8 +144,8 @@ class HDiTModels(nn.Module):
         self.config = config
         self.hdit = HDiT(config.hdit)
 
-    def denoiser(self, labels: Tensor, alpha_bars: NDArray[np.float64]) -> Denoiser:
-        """eps at `alpha_bars [S]` under conditions `[K, B, labels]`, the zero label being null.
+    def denoiser(self, labels: Tensor, alpha_bar: NDArray[np.float64]) -> Denoiser:
+        """eps at `alpha_bar [S]` under conditions `[K, B, labels]`, the zero label being null.
 
         With σ² = (1 - a)/a and x = z/√a, and free of divisions by √a: R² = 1 - a + a·d²,
         eps = (√(1 - a)/R²)·z - (d·√a/R)·F(z/R).
@@ -154,7 +154,7 @@ class HDiTModels(nn.Module):
         branches, batch = labels.shape[:2]
 
         def denoise(z: Tensor, step: int) -> Tensor:
-            a = float(alpha_bars[step])
+            a = float(alpha_bar[step])
             r2 = 1 - a + a * d**2
             c_noise = math.log((1 - a) / a) / 8
             cond = self.hdit.condition(

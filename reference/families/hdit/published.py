@@ -32,7 +32,7 @@ def convert(
         raise UsageError(f"{len(files)} files of tensors; expected HDiT's one. Pass it alone")
     file = files[0]
     model, classes = settings_of(file)
-    config = read(HDiTModel, sections(file, model, classes, args.name), str(file.path), "model")
+    config = read(HDiTModel, sections(file, model, classes, args.name), str(file.path))
     check_frequencies(file, config)
     tensors = {k: v for k, v in file.tensors.items() if not k.endswith(FREQUENCIES)}
     for name, tensor in tensors.items():

@@ -3,6 +3,8 @@
 Shapes: B batch, N query tokens, M memory tokens, H × W grid, d width, A heads.
 """
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +23,11 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
+        bound = math.sqrt(1.5 / width)  # as torch.nn.MultiheadAttention, whose q, k, v are one
+        for projection in (self.query, self.key, self.value):
+            nn.init.uniform_(projection.weight, -bound, bound)
+            nn.init.zeros_(projection.bias)
+        nn.init.zeros_(self.out.bias)
 
     def split(self, x: Tensor) -> Tensor:
         """`[B, N, d]` -> `[B, A, N, d/A]`."""

@@ -6,6 +6,7 @@ f film width. Tokens are `[B, H, W, d]`.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -13,9 +14,9 @@ from reference.families.parts.attention import Attention, AxialAttention
 from reference.families.parts.config import Count, CountOrNone, Section, Share
 from reference.families.parts.embeddings import GridFeatures, TimeFeatures
 from reference.families.parts.layers import FFN, scale
+from reference.families.parts.models import Denoiser
 from reference.families.parts.text import LabelCondition
 from runtime.coordinates import grid
-from runtime.sampling.ddim import Denoiser
 
 Masks = tuple[Tensor, Tensor]  # of the scores of rows [W, W] and of columns [H, H]
 
@@ -60,6 +61,8 @@ class FilmNorm(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width)
         self.film = nn.Linear(film_dim, 2 * width)
+        nn.init.normal_(self.film.weight, std=1e-3)
+        nn.init.zeros_(self.film.bias)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """Tokens `[B, H, W, d]`, film `[B, f]` -> `[B, H, W, d]`."""
@@ -112,14 +115,14 @@ class DecoderBlock(EncoderBlock):
 
 
 class AxialDenoiser(nn.Module):
-    """Predicts eps of `values` numbers per token; the encoder runs once for all conditions."""
+    """Predicts eps, `fold` × `fold` pixels being a token; one encoder run for all conditions."""
 
     encoder_block = EncoderBlock
 
-    def __init__(self, config: AxialConfig, values: int, dropouts: Dropouts):
+    def __init__(self, config: AxialConfig, dropouts: Dropouts = NO_DROPOUTS, fold: int = 1):
         super().__init__()
-        d, f = config.width, config.film_dim
-        self.config = config
+        d, f, values = config.width, config.film_dim, config.channels * fold**2
+        self.config, self.fold = config, fold
         self.position = GridFeatures(config.high_frequencies, config.low_frequencies)
         self.time = TimeFeatures(
             config.time_high_frequencies, config.time_low_frequencies, affine=True
@@ -137,6 +140,21 @@ class AxialDenoiser(nn.Module):
             DecoderBlock(config, dropouts) for _ in range(config.decoder_blocks)
         )
         self.eps_out = nn.Linear(d, values)
+        nn.init.zeros_(self.eps_out.weight)
+        nn.init.zeros_(self.eps_out.bias)
+
+    def forward(
+        self, x: Tensor, alpha_bar: Tensor, text: Tensor, at: Tensor | None = None
+    ) -> Tensor:
+        """Predict eps.
+
+        Noisy image x `[B, C, H, W]`, alpha_bar `[B]` in [0, 1], text tokens `[K, B, T, d]`,
+        coordinates of the tokens `[1 or B, h, w, 4]` (default: the grid's) -> `[K, B, C, H, W]`.
+        """
+        folded = F.pixel_unshuffle(x, self.fold).movedim(1, -1)  # [B, h, w, C·r²]
+        at = coordinates(folded.shape[1], folded.shape[2], x.device) if at is None else at
+        eps = self.predict_tokens(folded, at, alpha_bar, text).movedim(-1, 2)
+        return F.pixel_shuffle(eps, self.fold)
 
     def masks(self, block: nn.Module, at: Tensor) -> Masks | None:
         """What an encoder block adds to its scores at coordinates `[1 or B, H, W, 4]`."""
@@ -163,11 +181,11 @@ class AxialDenoiser(nn.Module):
 
 
 def text_denoiser(
-    model: AxialDenoiser, condition: LabelCondition, labels: Tensor, alpha_bars: NDArray[np.float64]
+    model: AxialDenoiser, condition: LabelCondition, labels: Tensor, alpha_bar: NDArray[np.float64]
 ) -> Denoiser:
-    """eps of step i at `alpha_bars[i]` under conditions `[K, B, labels]`, zero being null."""
+    """eps of step i at `alpha_bar[i]` under conditions `[K, B, labels]`, zero being null."""
     text = condition(labels)  # [K, B, T, d]
-    levels = torch.from_numpy(alpha_bars).float().to(text.device)
+    levels = torch.from_numpy(alpha_bar).float().to(text.device)
 
     def denoise(x: Tensor, step: int) -> Tensor:
         eps: Tensor = model(x, levels[step].expand(len(x)), text)

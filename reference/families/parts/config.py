@@ -28,11 +28,9 @@ class TextConfig(Section, frozen=True):
     tokens: Count
 
 
-def read(kind: type[T], data: Any, source: str, where: str) -> T:
-    """`data` as a `kind`; raises ArtefactError naming `source`, the section and the field."""
+def read(kind: type[T], data: Any, source: str) -> T:
+    """A [model] section as a `kind`; raises ArtefactError naming `source` and the field."""
     try:
         return msgspec.convert(data, kind)
     except (msgspec.ValidationError, ValueError) as error:
-        raise ArtefactError(
-            f"{source}: [{where}] {error}; compare with reference/configs"
-        ) from None
+        raise ArtefactError(f"{source}: [model] {error}; compare with reference/configs") from None

@@ -5,35 +5,22 @@ Shapes: B batch, K conditions, C colours, H × W pixels, T text tokens, d width.
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from reference.families.parts.axial import (
     NO_DROPOUTS,
     AxialConfig,
     AxialDenoiser,
     Dropouts,
-    coordinates,
     text_denoiser,
 )
 from reference.families.parts.config import Section, Size, TextConfig
+from reference.families.parts.models import Denoiser, Models
 from reference.families.parts.text import LabelCondition
-from runtime.sampling.ddim import Denoiser
 
 
 class S2ID(AxialDenoiser):
     """The denoiser; a pixel is a token, and any size is legal."""
-
-    def __init__(self, config: AxialConfig, dropouts: Dropouts = NO_DROPOUTS):
-        super().__init__(config, config.channels, dropouts)
-
-    def forward(self, x: Tensor, alpha_bar: Tensor, text: Tensor) -> Tensor:
-        """Predict eps.
-
-        Noisy image x `[B, C, H, W]`, alpha_bar `[B]` in [0, 1], text tokens `[K, B, T, d]`
-        -> `[K, B, C, H, W]`.
-        """
-        at = coordinates(x.shape[-2], x.shape[-1], x.device)
-        return self.predict_tokens(x.movedim(1, -1), at, alpha_bar, text).movedim(-1, 2)
 
 
 class S2IDModel(Section, frozen=True):
@@ -63,7 +50,7 @@ class S2IDModel(Section, frozen=True):
         return 1
 
 
-class S2IDModels(nn.Module):
+class S2IDModels(Models):
     """S2ID and its label condition."""
 
     def __init__(self, config: S2IDModel, dropouts: Dropouts = NO_DROPOUTS):
@@ -74,6 +61,6 @@ class S2IDModels(nn.Module):
             config.condition.labels, config.condition.tokens, config.s2id.width
         )
 
-    def denoiser(self, labels: Tensor, alpha_bars: NDArray[np.float64]) -> Denoiser:
-        """eps at `alpha_bars [S]` under conditions `[K, B, labels]`, the zero label being null."""
-        return text_denoiser(self.s2id, self.condition, labels, alpha_bars)
+    def denoiser(self, labels: Tensor, alpha_bar: NDArray[np.float64]) -> Denoiser:
+        """eps at `alpha_bar [S]` under conditions `[K, B, labels]`, the zero label being null."""
+        return text_denoiser(self.s2id, self.condition, labels, alpha_bar)

@@ -42,4 +42,4 @@ def convert(
         "default_size": DEFAULT_SIZE,
     }
     tensors = axial_tensors(denoiser, text, "s2id", section["share_weights"])
-    return read(S2IDModel, model, str(denoiser.path), "model"), tensors
+    return read(S2IDModel, model, str(denoiser.path)), tensors

@@ -25,7 +25,7 @@ class ResBlock(nn.Module):
         self.film = nn.Linear(cond, 2 * width)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """`[B, W, h, w]`, condition `[B, cond]` -> `[B, W, h, w]`."""

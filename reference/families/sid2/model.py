@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from reference.families.parts.models import Denoiser, Models
 from reference.families.sid2.config import SiD2Config, SiD2Model
 from reference.families.sid2.layers import EPSILON, ResBlock, TransformerBlock, rotation_of
 from reference.families.sid2.schedule import logsnr
-from runtime.sampling.ddim import Denoiser
 
 PRECONDITION = 8  # λ is divided by it before its sines
 HIGHEST = 64  # ratio of the highest to the lowest frequency of λ
@@ -59,7 +59,7 @@ class SiD2(nn.Module):
         self.norm = nn.GroupNorm(config.groups, widths[0], EPSILON)
         self.head = nn.Conv2d(widths[0], config.channels * config.patch**2, 1)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.head.bias)
 
     def _level(self, index: int, count: int) -> nn.ModuleList:
         """`count` blocks of a level's type."""
@@ -106,7 +106,7 @@ class SiD2(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (height, width))
 
 
-class SiD2Models(nn.Module):
+class SiD2Models(Models):
     """SiD2 as what a loop over alpha_bar calls."""
 
     def __init__(self, config: SiD2Model):
@@ -114,16 +114,16 @@ class SiD2Models(nn.Module):
         self.config = config
         self.sid2 = SiD2(config.sid2)
 
-    def denoiser(self, labels: Tensor, alpha_bars: NDArray[np.float64]) -> Denoiser:
-        """eps at `alpha_bars [S]` under conditions `[K, B, labels]`, the zero label being null.
+    def denoiser(self, labels: Tensor, alpha_bar: NDArray[np.float64]) -> Denoiser:
+        """eps at `alpha_bar [S]` under conditions `[K, B, labels]`, the zero label being null.
 
         eps = √(1 - a)·z + √a·v.
         """
         branches, batch = labels.shape[:2]
-        levels = logsnr(alpha_bars)
+        levels = logsnr(alpha_bar)
 
         def denoise(z: Tensor, step: int) -> Tensor:
-            a = float(alpha_bars[step])
+            a = float(alpha_bar[step])
             level = torch.full((branches * batch,), float(levels[step]), device=z.device)
             v = self.sid2(z.repeat(branches, 1, 1, 1), level, labels.flatten(0, 1))
             return z * (1 - a) ** 0.5 + v.unflatten(0, (branches, batch)) * a**0.5

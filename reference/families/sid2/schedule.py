@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reference.families.sid2.config import ScheduleConfig
-from runtime.sampling.schedule import FLOOR, timesteps
+
+FLOOR = 1e-6  # of alpha_bar: below it x0 = (z - σ·eps)/α is not to be trusted
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Schedule:
 
     def sampling_alpha_bar(self, steps: int) -> NDArray[np.float64]:
         """alpha_bar = sigmoid(λ) at t = 1 … 0, not below 1e-6: `[steps + 1]`, increasing."""
-        return np.maximum(sigmoid(self.logsnr(timesteps(steps))), FLOOR)
+        return np.maximum(sigmoid(self.logsnr(np.linspace(1.0, 0.0, steps + 1))), FLOOR)
 
 
 def sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:

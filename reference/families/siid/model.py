@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -19,12 +18,11 @@ from reference.families.parts.axial import (
     Dropouts,
     EncoderBlock,
     Masks,
-    coordinates,
     text_denoiser,
 )
 from reference.families.parts.config import Count, Section, Size, TextConfig
+from reference.families.parts.models import Denoiser, Models
 from reference.families.parts.text import LabelCondition
-from runtime.sampling.ddim import Denoiser
 
 MASK_WIDTH = 0.1667  # initial σ of an encoder block's Gaussian mask
 
@@ -50,8 +48,7 @@ class SIID(AxialDenoiser):
     encoder_block = MaskedBlock
 
     def __init__(self, config: SIIDConfig, dropouts: Dropouts = NO_DROPOUTS):
-        super().__init__(config, config.channels * config.fold**2, dropouts)
-        self.fold = config.fold
+        super().__init__(config, dropouts, config.fold)
 
     def masks(self, block: nn.Module, at: Tensor) -> Masks:
         """-½·(x_i - x_j)² / σ² of the square system: rows' `[w, w]` and columns' `[h, h]`."""
@@ -59,17 +56,6 @@ class SIID(AxialDenoiser):
         x, y = at[0, 0, :, 0], at[0, :, 0, 1]
         rows, columns = (-(p[:, None] - p[None, :]).square() / (2 * sigma**2) for p in (x, y))
         return rows, columns
-
-    def forward(self, x: Tensor, alpha_bar: Tensor, text: Tensor) -> Tensor:
-        """Predict eps.
-
-        Noisy image x `[B, C, H, W]`, alpha_bar `[B]` in [0, 1], text tokens `[K, B, T, d]`
-        -> `[K, B, C, H, W]`.
-        """
-        folded = F.pixel_unshuffle(x, self.fold).movedim(1, -1)  # [B, h, w, C·r²]
-        at = coordinates(folded.shape[1], folded.shape[2], x.device)
-        eps = self.predict_tokens(folded, at, alpha_bar, text).movedim(-1, 2)
-        return F.pixel_shuffle(eps, self.fold)
 
 
 class SIIDModel(Section, frozen=True):
@@ -99,7 +85,7 @@ class SIIDModel(Section, frozen=True):
         return self.siid.fold
 
 
-class SIIDModels(nn.Module):
+class SIIDModels(Models):
     """SIID and its label condition."""
 
     def __init__(self, config: SIIDModel, dropouts: Dropouts = NO_DROPOUTS):
@@ -110,6 +96,6 @@ class SIIDModels(nn.Module):
             config.condition.labels, config.condition.tokens, config.siid.width
         )
 
-    def denoiser(self, labels: Tensor, alpha_bars: NDArray[np.float64]) -> Denoiser:
-        """eps at `alpha_bars [S]` under conditions `[K, B, labels]`, the zero label being null."""
-        return text_denoiser(self.siid, self.condition, labels, alpha_bars)
+    def denoiser(self, labels: Tensor, alpha_bar: NDArray[np.float64]) -> Denoiser:
+        """eps at `alpha_bar [S]` under conditions `[K, B, labels]`, the zero label being null."""
+        return text_denoiser(self.siid, self.condition, labels, alpha_bar)

@@ -40,4 +40,4 @@ def convert(
         "default_size": [8 * args.fold, 8 * args.fold],
     }
     tensors = axial_tensors(denoiser, text, "siid", section["share_weights"])
-    return read(SIIDModel, model, str(denoiser.path), "model"), tensors
+    return read(SIIDModel, model, str(denoiser.path)), tensors

@@ -4,8 +4,10 @@ Their pages name 1e-6 of the largest value, 2e-6 at the end of a trajectory, wit
 torch's float32 linspace, and with float64 ones 3e-5 on features and 5e-6 on eps for S2ID.
 """
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,7 @@ from reference.families.s2id import published as s2id_published
 from reference.families.s2id.model import S2IDModels
 from reference.families.siid import published as siid_published
 from reference.families.siid.model import SIIDModels
-from runtime.sampling import ddim, schedule
-from tests.reference.families.golden import Golden, options
+from tests.reference.families.golden import Golden, cosine_alpha_bar, options, walk
 
 TIGHT = 1.5e-6  # 1e-6, and what another order of sums may add
 TRAJECTORY = 2e-6
@@ -50,10 +51,6 @@ def given_coordinates(golden: Golden, size: str) -> Tensor:
     """The golden file's own coordinates of a grid, `[1, h, w, 4]`."""
     pair = [golden[f"coords.{system}.{size}"] for system in ("relative", "absolute")]
     return torch.cat(pair).movedim(0, -1).unsqueeze(0)
-
-
-def fold_of(model: AxialDenoiser) -> int:
-    return getattr(model, "fold", 1)
 
 
 def maps(tokens: Tensor) -> Tensor:
@@ -116,7 +113,7 @@ def check_text(golden: Golden, models: Models) -> None:
 
 def check_eps(golden: Golden, model: AxialDenoiser, size: str, x: Tensor) -> None:
     """eps at golden coordinates and at our own, the encoder's output and its masks."""
-    key, fold = f"denoise.{size}", fold_of(model)
+    key, fold = f"denoise.{size}", model.fold
     alpha_bar = golden[f"{key}.alpha_bar"]
     golden.close(model.time(alpha_bar), f"{key}.time_features", TIGHT)
     film = model.film(model.time(alpha_bar))
@@ -166,7 +163,7 @@ def trace_parts(golden: Golden, model: AxialDenoiser) -> None:
     eps_out = model.eps_out.register_forward_pre_hook(
         lambda module, inputs: kept.__setitem__("decoded_null", inputs[0])
     )
-    fold = fold_of(model)
+    fold = model.fold
     for match, x in golden.named(r"denoise\.(\d+x\d+)\.x"):
         at = given_coordinates(golden, f"{x.shape[-2] // fold}x{x.shape[-1] // fold}")
         text = golden["text.null_tokens"].unsqueeze(0)
@@ -191,34 +188,34 @@ def trace_parts(golden: Golden, model: AxialDenoiser) -> None:
 def check_trajectory(golden: Golden, model: AxialDenoiser, models: Models) -> None:
     """Four guided DDIM steps; the golden inputs of each step are met on the way.
 
-    The golden estimate of x0 is made from the eps of the last step, ours from one more.
+    The golden estimate of x0 is made of the sample with the eps of the last step.
     """
-    label, fold = golden["text.label"], fold_of(model)
+    label, fold = golden["text.label"], model.fold
     labels = torch.stack([torch.zeros_like(label), label])
     text = models.condition(labels)
     for match, start in golden.named(r"(ddim\.eta([\d.]+)\.steps(\d+)\.cfg([\d.]+))\.x_init"):
         key, eta, steps, guidance = match[1], float(match[2]), int(match[3]), float(match[4])
-        weights, noise = (1 - guidance, guidance), golden[f"{key}.z"]
-        alpha_bars = schedule.sampling_alpha_bar(steps)
+        alpha_bars = cosine_alpha_bar(np.linspace(1, 0, steps + 1))
         golden.close(torch.from_numpy(alpha_bars[:-1]).float(), f"{key}.alpha_bar", TIGHT)
         at = given_coordinates(golden, f"{start.shape[-2] // fold}x{start.shape[-1] // fold}")
-        inputs, outputs = [], []
+        inputs: list[Tensor] = []
 
-        def denoise(x: Tensor, step: int, levels: Any = alpha_bars, at: Tensor = at) -> Tensor:
+        def denoise(
+            x: Tensor, step: int, levels: Any = alpha_bars, at: Tensor = at, seen: Any = inputs
+        ) -> Tensor:
+            seen.append(x)
             folded = F.pixel_unshuffle(x, fold).movedim(1, -1)
             alpha_bar = torch.tensor(levels[step]).float().expand(len(x))
-            eps = maps(model.predict_tokens(folded, at, alpha_bar, text))
-            inputs.append(x)  # noqa: B023
-            outputs.append(F.pixel_shuffle(eps, fold))  # noqa: B023
-            return outputs[-1]  # noqa: B023
+            return F.pixel_shuffle(maps(model.predict_tokens(folded, at, alpha_bar, text)), fold)
 
-        made = ddim.sample(denoise, start, steps, weights, eta, noise.__getitem__)
-        last = ddim.predict_x0(made.x, ddim.guide(outputs[-2], weights), alpha_bars[-1])
-        golden.close(torch.stack(inputs[:-1]), f"{key}.inputs", TRAJECTORY)
-        golden.close(made.x, f"{key}.x", TRAJECTORY)
-        golden.close(last, f"{key}.x0_hat", TRAJECTORY)
-        own = models.denoiser(labels, alpha_bars)
-        made = ddim.sample(own, start, steps, weights, eta, noise.__getitem__)
-        golden.close(made.x, f"{key}.x", EPS)
+        given = (start, alpha_bars, guidance, eta, golden[f"{key}.z"])
+        x, _, eps = walk(denoise, *given)
+        golden.close(torch.stack(inputs), f"{key}.inputs", TRAJECTORY)
+        golden.close(x, f"{key}.x", TRAJECTORY)
+        a = alpha_bars[-1]
+        x0 = (x - math.sqrt(1 - a) * eps) / (math.sqrt(a) + 1e-6)
+        golden.close(x0, f"{key}.x0_hat", TRAJECTORY)
+        own, *_ = walk(models.denoiser(labels, alpha_bars), *given)
+        golden.close(own, f"{key}.x", EPS)
     t = golden["schedule.t"].double().numpy()
-    golden.close(torch.from_numpy(schedule.alpha_bar(t)).float(), "schedule.alpha_bar", TIGHT)
+    golden.close(torch.from_numpy(cosine_alpha_bar(t)).float(), "schedule.alpha_bar", TIGHT)

@@ -3,7 +3,8 @@
 The page names 1e-6 of the largest value, 5e-6 for walks of several steps, 2e-5 for clipped ones.
 """
 
-import numpy as np
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,7 @@ from reference.families.sid2.layers import rotation_of
 from reference.families.sid2.model import SiD2Models
 from reference.families.sid2.schedule import Schedule, sigmoid
 from reference.families.sid2.training import weight_v
-from runtime.sampling import ddim
-from tests.reference.families.golden import Golden
+from tests.reference.families.golden import Golden, walk
 
 TOLERANCE = 1.5e-6  # 1e-6, and what another order of sums may add
 WALK, CLIPPED = 5e-6, 2e-5
@@ -41,7 +41,7 @@ def models(golden: Golden) -> SiD2Models:
         "schedule": {k.replace("noise_d", "noise"): v for k, v in schedule.items()},
         "default_size": [16, 16],
     }
-    models = SiD2Models(read(SiD2Model, whole, "golden", "model"))
+    models = SiD2Models(read(SiD2Model, whole, "golden"))
     state = golden.state().tensors
     load_tensors(models, {f"sid2.{k}": v for k, v in state.items()}, golden.path)
     assert sum(p.numel() for p in models.parameters()) == golden.meta["parameters"]
@@ -164,19 +164,16 @@ def check_walks(golden: Golden, models: SiD2Models) -> None:
     labels = one_hot(golden["ddim.label"], 5)
     denoise = models.denoiser(torch.stack([torch.zeros_like(labels), labels]), alpha_bars)
     for index, run in enumerate(meta["runs"]):
-        x, x0 = golden["ddim.z"], golden["ddim.z"]
-        for step in range(meta["steps"]):
-            a, after = float(alpha_bars[step]), float(alpha_bars[step + 1])
-            low, high = run.get("interval", (0.0, np.inf))
-            g = run["guidance"] if low < ((1 - a) / a) ** 0.5 <= high else 1.0
-            eps = ddim.guide(denoise(x, step), (1 - g, g))
-            x0 = ddim.predict_x0(x, eps, a)
-            if run.get("clip"):
-                x0 = x0.clamp(-1, 1)
-            direction = ddim.predict_eps(x, x0, a)
-            spread = ddim.sigma(a, after, run["eta"])
-            x = after**0.5 * x0 + max(0, 1 - after - spread**2) ** 0.5 * direction
-            x = x + spread * golden["ddim.noise"][step]
+        x, x0, _ = walk(
+            denoise,
+            golden["ddim.z"],
+            alpha_bars,
+            run["guidance"],
+            run["eta"],
+            golden["ddim.noise"],
+            run.get("interval", (0.0, math.inf)),
+            run.get("clip", False),
+        )
         tolerance = CLIPPED if run.get("clip") else WALK
         golden.close(x, f"ddim.{index}.x", tolerance)
         golden.close(x0, f"ddim.{index}.x0", tolerance)

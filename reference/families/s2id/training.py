@@ -1,0 +1,22 @@
+"""How S2ID is trained: one stage, as published."""
+
+from typing import Any
+
+from reference.families.parts.axial_training import KEYS, AxialTask, dropouts
+from reference.families.parts.config import read
+from reference.families.parts.training import Stage
+from reference.families.s2id.model import S2IDModel, S2IDModels
+
+
+class S2IDTask(AxialTask):
+    """The task of the family's denoiser."""
+
+    family = "s2id"
+
+
+STAGES = (Stage("s2id", S2IDTask, KEYS, ("s2id", "condition")),)
+
+
+def build(config: dict[str, Any], source: str) -> S2IDModels:
+    """Fresh models with the configuration's dropouts."""
+    return S2IDModels(read(S2IDModel, config["model"], source), dropouts(config["s2id"]))
