@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 
 from runtime import cli
 from runtime.bundle.files import sha256
+from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import Array, GraphSpec, TensorSpec
-from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.memory import peak_resident, resident
 
 if TYPE_CHECKING:
-    from reference.families.r2.model import R2Models
     from torch import Tensor
+
+    from reference.families.r2.model import R2Models
 
 Size = tuple[int, int]
 Step = Callable[[], Array]

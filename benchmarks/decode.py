@@ -32,7 +32,7 @@ from runtime.engines import EngineOptions
 from runtime.images.pixels import save_rows, to_uint8
 from runtime.memory import peak_resident, resident
 from runtime.pipeline import tiles
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from runtime.sampling.request import Request
 
 Size = tuple[int, int]
@@ -108,7 +108,7 @@ def tiled_decode(
 ) -> np.ndarray:
     """Pixels of our tiles."""
     pipeline = open_bundle(bundle, EngineOptions(threads=threads))
-    values = random_latent(pipeline.model.r2ir.latent_channels, latent)
+    values = random_latent(pipeline.interface.latent_channels, latent)
     return pipeline.decode(values, size, exact=exact, memory=memory)
 
 
@@ -166,9 +166,9 @@ def large(args: argparse.Namespace) -> None:
 def draw_png(bundle: Path, size: Size, path: Path, threads: int, memory: int) -> None:
     """One image of the shipped model, from noise to file."""
     pipeline = open_bundle(bundle, EngineOptions(threads=threads))
-    x = pipeline.diffuse(Request(LABELS[:1], pipeline.model.default_latent, steps=20))
-    bands = map(to_uint8, pipeline.draw(pipeline.state(x), size, memory=memory))
-    save_rows(path, bands, (*size, pipeline.model.r2ir.color_channels), {})
+    x = pipeline.diffuse(Request(LABELS[:1], pipeline.interface.default_latent, steps=20))
+    bands = map(to_uint8, pipeline.resampler.draw(pipeline.state(x), size, memory=memory))
+    save_rows(path, bands, (*size, pipeline.interface.color_channels), {})
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -180,12 +180,12 @@ def sample(args: argparse.Namespace) -> None:
         for latent in np.split(made.latents, len(LABELS)):
             sums = pipeline.state(latent).sums(0)
             inputs = {"coordinates": grid(side, side), **sums}
-            wanted = pipeline.engine("r2ir_decode").run(inputs)["pixels"]
+            wanted = pipeline.engines.open("r2ir_decode").run(inputs)["pixels"]
             for count in SAMPLES:
                 for kind, places in (("one per cell", cells), ("rows × columns", crossed)):
                     at = Grid(side, side).at(*places((side, side), count))
-                    ratios = pipeline.engine("r2ir_decode").run({"coordinates": at, **sums})
-                    drawn = pipeline.engine("r2ir_render").run(
+                    ratios = pipeline.engines.open("r2ir_decode").run({"coordinates": at, **sums})
+                    drawn = pipeline.engines.open("r2ir_render").run(
                         {**inputs, "response": ratios["response"]}
                     )
                     print(
@@ -205,7 +205,7 @@ def exact(args: argparse.Namespace) -> None:
         inputs = {"coordinates": grid(side, side), **sums}
         found = {
             "--exact": pipeline.decode(made.latents, (side, side), exact=True),
-            "untiled": pipeline.engine("r2ir_decode").run(inputs)["pixels"],
+            "untiled": pipeline.engines.open("r2ir_decode").run(inputs)["pixels"],
         }
         for name, pixels in found.items():
             print(f"  {side}x{side} {name} {errors(pixels[:, :, rows], wanted)}", flush=True)
@@ -273,7 +273,7 @@ def arrays_per_pixel(bundle: Path, graph: str, threads: int) -> float:
     Several runs, since ONNX Runtime's second one plans its memory anew beside the first one's.
     """
     pipeline = open_bundle(bundle, EngineOptions(threads=threads))
-    engine = pipeline.engine(graph)
+    engine = pipeline.engines.open(graph)
     inputs = graph_inputs(pipeline, graph)
     before = resident()
     outputs = [f"squares_{2 * pipeline.model.r2ir.decoder_blocks - 1}"]
@@ -283,7 +283,7 @@ def arrays_per_pixel(bundle: Path, graph: str, threads: int) -> float:
     return (peak - before) / GRAPH_PIXELS / 4 / pipeline.model.r2ir.width
 
 
-def graph_inputs(pipeline: Pipeline, graph: str) -> dict[str, np.ndarray]:
+def graph_inputs(pipeline: Bundle, graph: str) -> dict[str, np.ndarray]:
     """Inputs of a graph of R2IR on GRAPH_PIXELS pixels or cells."""
     side = int(GRAPH_PIXELS**0.5)
     sizes = {"batch": 1, "height": side, "width": side}

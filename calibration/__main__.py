@@ -21,13 +21,13 @@ from calibration.choices import (
 from calibration.half import put_variants
 from calibration.quantize import FORMS
 from calibration.samples import (
-    HEAVY,
     Sample,
     Samples,
     Settings,
     calibration_set,
     coverage,
     fingerprint,
+    heavy,
     load,
 )
 from runtime import cli
@@ -78,15 +78,15 @@ def make_variant(
     given: Choices | None,
 ) -> tuple[dict[str, GraphSpec], Choices]:
     """Every heavy graph in one precision in `folder`, checked; the choice that it was made by."""
-    step, r2ir = (args.budget, args.budget) if args.budget else BUDGETS[precision]
+    step, resampler = (args.budget, args.budget) if args.budget else BUDGETS[precision]
     percentiles = [args.percentile] if args.percentile else PERCENTILES
     replay = (args.choice, given) if given else None
     fp32 = Samples(manifest)
     specs, choices = {}, {}
-    with tqdm(HEAVY, desc=precision, unit="graph") as bar:
+    with tqdm(heavy(manifest), desc=precision, unit="graph") as bar:
         for name in bar:
             bar.set_postfix_str(name)
-            budget = step if name == "r2id" else r2ir
+            budget = step if name == manifest.step_graph else resampler
             work = quantize_graph(manifest, name, precision, samples, budget, percentiles, replay)
             specs[name] = write_variant(work, name, precision, folder, fp32)
             choices[name] = work.choice

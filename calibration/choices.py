@@ -9,17 +9,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import ModelProto
 from tqdm import tqdm
 
 from calibration.quantize import FORMS, Form, Layer, layers, quantized, token_ranges
-from calibration.samples import HEAVY, Arrays, Sample, Samples, fingerprint
+from calibration.samples import Arrays, Sample, Samples, fingerprint, heavy
 from runtime.bundle.files import atomic_write, read_bytes, sha256
-from runtime.bundle.manifest import GraphSpec, Manifest, relative_error
+from runtime.bundle.manifest import GraphSpec, Manifest, Parity, relative_error
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import ArtefactError
@@ -186,9 +186,10 @@ def read_choices(path: Path, manifest: Manifest) -> Choices:
         raise ArtefactError(f"{path}: no choice of layers ({reason}). {remedy}") from None
     if choices.bundle != fingerprint(manifest):
         raise ArtefactError(f"{path}: a choice for another bundle than {manifest.folder}. {remedy}")
-    if choices.graphs.keys() != set(HEAVY):
+    if choices.graphs.keys() != set(heavy(manifest)):
         raise ArtefactError(
-            f"{path}: names the graphs {sorted(choices.graphs)}; expected {sorted(HEAVY)}. {remedy}"
+            f"{path}: names the graphs {sorted(choices.graphs)}; expected "
+            f"{sorted(heavy(manifest))}. {remedy}"
         )
     return choices
 
@@ -264,7 +265,9 @@ def write_variant(
     data = work.model.SerializeToString(deterministic=True)
     file = f"{name}.{precision}.onnx"
     (folder / file).write_bytes(data)
-    own = replace(work.spec, file=file, sha256=sha256(data), precision=precision, parity=[])
+    own = msgspec.structs.replace(
+        work.spec, file=file, sha256=sha256(data), precision=precision, parity=[]
+    )
     engine = OnnxRuntimeEngine(own, data, EngineOptions())
     for number, sizes in enumerate(cases(work.spec)):
         inputs, wanted = samples.take(name, sizes, number)
@@ -275,13 +278,12 @@ def write_variant(
                 f"{file} at {sizes}: {precision} has NaN or infinity. Nothing is written; leave "
                 f"layers in fp32 in {choice_file(precision)} and replay it with --choice"
             )
-        row: dict[str, Any] = {**sizes, "error": float(f"{error:.2e}")}
-        own.parity.append(row)
+        own.parity.append(Parity(sizes, float(f"{error:.2e}")))
     return own
 
 
 def cases(spec: GraphSpec) -> Iterator[dict[str, int]]:
     """The sizes that the fp32 graph was checked at, of one image under two conditions."""
     for row in spec.parity:
-        if row["batch"] == 1 and row.get("conditions", 2) == 2:
-            yield {axis: int(value) for axis, value in row.items() if axis != "error"}
+        if row.sizes["batch"] == 1 and row.sizes.get("conditions", 2) == 2:
+            yield dict(row.sizes)

@@ -8,11 +8,10 @@ import onnx
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
-from runtime.cli import size_name
+from runtime.bundle.interface import Size, size_name
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
-from runtime.pipeline.pipeline import Pipeline
-from runtime.pipeline.tiles import Size
+from runtime.pipeline.bundle import Bundle
 
 CLASSIFIER_SIDE = 32
 TOKENS_AT_ONCE = 5120  # of a batch: 20 digits at 16×16
@@ -69,7 +68,7 @@ def classifier(path: Path) -> Any:
 
 
 def digits_read(
-    pipeline: Pipeline, size: Size, reader: Any, count: int, steps: int, guidance_scale: float
+    bundle: Bundle, size: Size, reader: Any, count: int, steps: int, guidance_scale: float
 ) -> float:
     """Share of `count` digits, drawn at a latent size, that are read as their label."""
     side = CLASSIFIER_SIDE
@@ -77,11 +76,11 @@ def digits_read(
     image = (round(size[0] * scale), round(size[1] * scale))
     top, left = (image[0] - side) // 2, (image[1] - side) // 2
     at_once = max(1, TOKENS_AT_ONCE // (size[0] * size[1]))
-    desc = f"digits {pipeline.options.precision} {size_name(size)}"
+    desc = f"digits {bundle.options.precision} {size_name(size)}"
     right = 0
     for first in tqdm(range(0, count, at_once), desc=desc, unit="batch"):
         labels = [i % 10 for i in range(first, min(first + at_once, count))]
-        made = pipeline.generate(
+        made = bundle.generate(
             labels, size, image, steps, guidance_scale, seed=1234, first_index=first
         ).images[..., top : top + side, left : left + side]
         read = reader.run(["logits"], {"pixels": np.ascontiguousarray(made)})[0].argmax(1)

@@ -22,16 +22,15 @@ accumulate in fp32.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
+from msgspec.structs import replace
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from tqdm import tqdm
 
-from calibration.samples import HEAVY, Arrays, Samples
+from calibration.samples import Arrays, Samples, heavy
 from runtime import cli
 from runtime.bundle.files import atomic_write, sha256, staging
 from runtime.bundle.manifest import (
@@ -39,6 +38,7 @@ from runtime.bundle.manifest import (
     Array,
     GraphSpec,
     Manifest,
+    Parity,
     find_bundle,
     read_manifest,
     relative_error,
@@ -77,7 +77,7 @@ def moving_axes(model: ModelProto, spec: GraphSpec) -> Moving:
         probed.SerializeToString(), settings, providers=["CPUExecutionProvider"]
     )
     names = [value.name for value in session.get_outputs()]
-    axes = {axis for t in spec.inputs for axis in t.axes if isinstance(axis, str)}
+    axes = {axis for tensor in spec.inputs for axis in tensor.names}
     shapes: list[dict[str, tuple[int, ...]]] = []
     for size in PROBES:
         sizes = {axis: size.get(axis, 2) for axis in axes}
@@ -279,11 +279,10 @@ def with_graph(model: ModelProto, graph: GraphProto) -> ModelProto:
 
 def cases(spec: GraphSpec, large: Sequence[tuple[int, int]]) -> Iterator[dict[str, int]]:
     """The sizes that the fp32 graph was checked at, then `large` ones with all else 1."""
-    axes = [axis for axis in spec.parity[0] if axis != "error"]
     for row in spec.parity:
-        yield {axis: int(row[axis]) for axis in axes}
+        yield dict(row.sizes)
     for height, width in large:
-        yield dict.fromkeys(axes, 1) | {"height": height, "width": width}
+        yield dict.fromkeys(spec.parity[0].sizes, 1) | {"height": height, "width": width}
 
 
 def check(found: Arrays, wanted: Arrays, precision: str, where: str) -> float:
@@ -311,7 +310,7 @@ def make_variants(
     Raises ArtefactError where a graph has NaN or infinity or is over the bound.
     """
     made: dict[str, dict[str, GraphSpec]] = {precision: {} for precision in precisions}
-    fp32 = {name: manifest.graph(name) for name in HEAVY}
+    fp32 = {name: manifest.graph(name) for name in heavy(manifest)}
     total = sum(len([*cases(spec, large)]) for spec in fp32.values())
     samples = Samples(manifest)
     with tqdm(total=total, desc="half", unit="check") as bar:
@@ -326,7 +325,7 @@ def make_variants(
                 inputs, wanted = samples.take(name, sizes, number)
                 for precision, engine in engines.items():
                     error = check(engine.run(inputs), wanted, precision, f"{name} at {sizes}")
-                    row: dict[str, Any] = {**sizes, "error": float(f"{error:.2e}")}
+                    row = Parity(sizes, float(f"{error:.2e}"))
                     made[precision][name].parity.append(row)
                 bar.update()
     return made
@@ -352,7 +351,7 @@ def add_variants(args: argparse.Namespace) -> None:
         made = make_variants(manifest, args.precision, scratch, LARGE)
         put_variants(manifest, made, scratch)
     for precision, own in made.items():
-        error, name = max((row["error"], name) for name in own for row in own[name].parity)
+        error, name = max((row.error, name) for name in own for row in own[name].parity)
         print(f"{precision}: {len(own)} graphs, largest difference from fp32 {error:.1e} in {name}")
 
 

@@ -23,17 +23,16 @@ from calibration.choices import choice_file, read_choices, rms_error
 from calibration.digits import classifier, digits_read
 from calibration.half import HALVES, emulated
 from calibration.quantize import FORMS
-from calibration.samples import HEAVY, Recorder
+from calibration.samples import Recorder, heavy
 from calibration.speed import engines_here, speed
 from runtime import cli
 from runtime.bundle.files import Measures, atomic_write, sha256
+from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
-from runtime.cli import size_name
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
-from runtime.pipeline.pipeline import Pipeline
-from runtime.pipeline.tiles import Size
+from runtime.pipeline.bundle import Bundle
 from runtime.sampling import schedule
 from runtime.sampling.request import Request
 
@@ -55,28 +54,36 @@ class Trajectory:
     images: Array
 
 
-class Judged(Recorder):
-    """A pipeline in one precision; halves are emulated, since no engine here runs bf16."""
+class Emulated(Recorder):
+    """Engines in one precision; halves are emulated, since no engine here runs bf16."""
 
     def __init__(self, manifest: Manifest, precision: str):
         super().__init__(manifest, EngineOptions(precision=precision))
         self.emulated: dict[str, Engine] = {}
 
-    def engine(self, graph: str, precision: str | None = None) -> Engine:
+    def open(self, graph: str, precision: str | None = None) -> Engine:
         precision = precision or self.options.precision
         spec = self.manifest.graph(graph, precision)
         if spec.precision not in HALVES:
-            return super().engine(graph, precision)
+            return super().open(graph, precision)
         if graph not in self.emulated:
             model = emulated(onnx.load_model_from_string(self.manifest.file_bytes(spec)))
             data = model.SerializeToString()
             self.emulated[graph] = OnnxRuntimeEngine(spec, data, EngineOptions())
         return self.recording(graph, self.emulated[graph])
 
+
+class Judged(Bundle):
+    """A bundle in one precision, its runs kept."""
+
+    def __init__(self, manifest: Manifest, precision: str):
+        self.recorder = Emulated(manifest, precision)
+        super().__init__(manifest, engines=self.recorder)
+
     def pictures(self, size: Size, steps: int) -> Request:
         """The images that are compared."""
         count = max(1, min(PICTURES, MOST_TOKENS // (size[0] * size[1])))
-        labels = [i % self.model.condition.labels for i in range(count)]
+        labels = [i % len(self.interface.labels) for i in range(count)]
         return Request(labels, size, steps=steps, guidance_scale=GUIDANCE)
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
@@ -84,25 +91,25 @@ class Judged(Recorder):
         latents, eps = [], []
 
         def keep(step: int) -> None:
-            inputs, outputs = self.recorded["r2id"]
+            inputs, outputs = self.recorder.recorded[self.diffuser.step_graph]
             latents.append(inputs["latent"])
             eps.append(outputs["eps"])
             bar.update()
 
         x = self.diffuse(self.pictures(size, steps), keep)
-        return Trajectory([*latents, x], eps, self.decode(x, self.image_size(size)))
+        return Trajectory([*latents, x], eps, self.decode(x, self.interface.image_size(size)))
 
     def eps_errors(self, fp32: Trajectory, size: Size, steps: int, bar: Any) -> list[float]:
         """`rms_error` of eps at every step, given the latents of fp32.
 
-        Also of the first steps, which `Pipeline.exact_steps` leaves to fp32 in a trajectory.
+        Also of the first steps, which `Diffuser.exact_steps` leaves to fp32 in a trajectory.
         """
-        conditions, _ = self.pictures(size, steps).branches(self.model.condition.labels)
-        inputs, film = self.step_inputs(conditions, size, steps)
-        errors = []
+        conditions, _ = self.diffuser.branches(self.pictures(size, steps))
+        inputs = self.diffuser.inputs(conditions, size, schedule.sampling_alpha_bar(steps))
+        engine, errors = self.engines.open(self.diffuser.step_graph), []
         for step, wanted in enumerate(fp32.eps):
-            given = {"latent": fp32.latents[step], "film": film[step], **inputs}
-            errors.append(rms_error(self.engine("r2id").run(given), {"eps": wanted}))
+            given = {"latent": fp32.latents[step], **inputs.at(step)}
+            errors.append(rms_error(engine.run(given), {"eps": wanted}))
             bar.update()
         return errors
 
@@ -141,7 +148,7 @@ def quality(
     return found
 
 
-def reconstruction(own: Pipeline, fp32: Pipeline, images: Array, size: Size) -> dict[str, float]:
+def reconstruction(own: Bundle, fp32: Bundle, images: Array, size: Size) -> dict[str, float]:
     """MSE of images through R2IR and back in both precisions, and their PSNR."""
     image = (images.shape[2], images.shape[3])
     made = own.decode(own.encode(images, size), image)
@@ -159,9 +166,13 @@ def rounded(values: Sequence[float]) -> list[float]:
 
 def files(manifest: Manifest, precision: str) -> dict[str, float]:
     """Bytes of the heavy graphs in a precision, in all and against the same in fp32."""
-    own = sum((manifest.folder / manifest.graph(n, precision).file).stat().st_size for n in HEAVY)
-    fp32 = sum((manifest.folder / manifest.graph(n).file).stat().st_size for n in HEAVY)
-    return {"bytes": own, "times_fp32": round(own / fp32, 3)}
+
+    def size(form: str) -> int:
+        specs = [manifest.graph(name, form) for name in heavy(manifest)]
+        return sum((manifest.folder / spec.file).stat().st_size for spec in specs)
+
+    own = size(precision)
+    return {"bytes": own, "times_fp32": round(own / size("fp32"), 3)}
 
 
 def layer_errors(manifest: Manifest, precision: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ well the checkpoint draws, and the step graph sees them on their way from noise,
 alpha_bar.
 
 For quantisation `calibration_set` records whole DDIM trajectories, at several sizes and guidance
-scales, and R2IR on its way there and back; they are kept in a file that knows its bundle.
+scales, and the resampler on its way there and back; they are kept in a file that knows its bundle.
 """
 
 import gzip
@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import Array, Manifest
-from runtime.cli import size_name
 from runtime.coordinates import grid
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
-from runtime.errors import ArtefactError
-from runtime.pipeline.pipeline import EXACT_BELOW, Pipeline
-from runtime.pipeline.tiles import Size
+from runtime.errors import ArtefactError, UsageError
+from runtime.pipeline.bundle import Bundle
+from runtime.pipeline.diffuser import EXACT_BELOW
+from runtime.pipeline.opened import Engines
+from runtime.pipeline.tiler import Roles
 from runtime.sampling import schedule
 from runtime.sampling.request import Label, Request
 
@@ -39,13 +41,29 @@ TRAJECTORY_STEPS = 4
 FORMAT = 1
 FILE_NAME = "calibration-{}.npz"
 IDX_FILE = "train-images-idx3-ubyte"
-# `r2ir_response` stays fp32: its sums over all pixels are what an exact drawing rests on.
-HEAVY = (
-    *("r2id", "r2ir_image_summary", "r2ir_encode"),
-    *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
-)
 
 Arrays = dict[str, Array]
+
+
+def heavy(manifest: Manifest) -> list[str]:
+    """The graphs that lower precisions are made of: the step's, and the resampler's but for one.
+
+    The one that ratios are counted with stays fp32: its sums over all pixels are what an exact
+    drawing rests on. Raises UsageError for a bundle without a resampler.
+    """
+    roles = roles_of(manifest)
+    names = (roles.read_image, roles.encode, roles.read_latent, roles.decode, roles.render)
+    return [manifest.step_graph, *names]
+
+
+def roles_of(manifest: Manifest) -> Roles:
+    """The resampler's graphs; raises UsageError for a bundle without one."""
+    if not manifest.interface.decoupled:
+        raise UsageError(
+            f"{manifest.folder}: {manifest.interface.why_coupled}; lower precisions are made of "
+            "bundles that have one. Use --precision fp32 for this one"
+        )
+    return Roles.of(manifest)
 
 
 @dataclass(frozen=True)
@@ -84,10 +102,10 @@ class Samples:
     """Inputs of a bundle's heavy graphs, and the fp32 graphs' own outputs for them."""
 
     def __init__(self, manifest: Manifest):
-        self.pipeline = Pipeline(manifest)
-        labels = [i % manifest.model.condition.labels for i in range(PICTURES)]
-        self.pictures = self.pipeline.generate(labels, steps=DRAWING_STEPS).images
-        self.latents = self.pipeline.encode(self.pictures, manifest.model.default_latent)
+        self.bundle, self.roles = Bundle(manifest), roles_of(manifest)
+        labels = [i % len(manifest.interface.labels) for i in range(PICTURES)]
+        self.pictures = self.bundle.generate(labels, steps=DRAWING_STEPS).images
+        self.latents = self.bundle.encode(self.pictures, manifest.interface.default_latent)
 
     def take(self, graph: str, sizes: Mapping[str, int], number: int) -> tuple[Arrays, Arrays]:
         """Inputs and fp32 outputs of `graph` at `sizes` of its named axes.
@@ -96,34 +114,36 @@ class Samples:
         graph conditions. `number` chooses its alpha_bar and noise.
         """
         inputs = self._inputs(graph, sizes, number)
-        return inputs, self.pipeline.engine(graph).run(inputs)
+        return inputs, self.bundle.engines.open(graph).run(inputs)
 
     def _inputs(self, graph: str, sizes: Mapping[str, int], number: int) -> Arrays:
         size, batch = (sizes["height"], sizes["width"]), sizes["batch"]
         pictures, latents = self.pictures[:batch], self.latents[:batch]
-        if graph == "r2id":
-            latents = self.pipeline.encode(pictures, size)
+        roles, at = self.roles, {"coordinates": grid(*size)}
+        if graph == self.bundle.diffuser.step_graph:
+            latents = self.bundle.encode(pictures, size)
             return self._step(latents, sizes["conditions"], size, number)
-        at = {"coordinates": grid(*size)}
-        if graph == "r2ir_image_summary":
-            return {"pixels": self.pipeline.decode(latents, size), **at}
-        if graph == "r2ir_encode":
-            return self._sums("r2ir_image_summary", "pixels", pictures) | at
-        if graph == "r2ir_latent_summary":
-            return {"latent": self.pipeline.encode(pictures, size), **at}
-        inputs = self._sums("r2ir_latent_summary", "latent", latents) | at
-        if graph == "r2ir_render":  # draws again what r2ir_decode draws, given its ratios
-            inputs["response"] = self.pipeline.engine("r2ir_decode").run(inputs)["response"]
+        if graph == roles.read_image:
+            return {"pixels": self.bundle.decode(latents, size), **at}
+        if graph == roles.encode:
+            return self._sums(roles.read_image, "pixels", pictures) | at
+        if graph == roles.read_latent:
+            return {"latent": self.bundle.encode(pictures, size), **at}
+        inputs = self._sums(roles.read_latent, "latent", latents) | at
+        if graph == roles.render:  # draws again what a decode draws, given its ratios
+            decoded = self.bundle.engines.open(roles.decode).run(inputs)
+            del decoded["pixels"]
+            inputs |= decoded
         return inputs
 
     def _sums(self, graph: str, name: str, values: Array) -> Arrays:
         """The sums over the tokens of `values`, as the other graphs take them."""
         at = grid(values.shape[2], values.shape[3])
-        return self.pipeline.engine(graph).run({name: values, "coordinates": at})
+        return self.bundle.engines.open(graph).run({name: values, "coordinates": at})
 
     def _step(self, latent: Array, conditions: int, size: Size, number: int) -> Arrays:
         """Inputs of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
-        batch, labels = len(latent), self.pipeline.model.condition.labels
+        batch, labels = len(latent), len(self.bundle.interface.labels)
         one_hot = np.zeros((conditions, batch, labels), np.float32)
         for branch in range(1, conditions):  # branch 0 is the null condition
             one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
@@ -131,19 +151,19 @@ class Samples:
         step = number % len(alpha_bars)
         noise = np.random.default_rng(number).standard_normal(latent.shape)
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
-        inputs, film = self.pipeline.step_inputs(one_hot, size, TRAJECTORY_STEPS)
-        return {"latent": x.astype(np.float32), "film": film[step], **inputs}
+        inputs = self.bundle.diffuser.inputs(one_hot, size, alpha_bars)
+        return {"latent": x.astype(np.float32), **inputs.at(step)}
 
 
-class Recorder(Pipeline):
-    """A pipeline that keeps what its graphs took and gave last: graph -> (inputs, outputs)."""
+class Recorder(Engines):
+    """Engines that keep what their graphs took and gave last: graph -> (inputs, outputs)."""
 
     def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
         super().__init__(manifest, options)
         self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
 
-    def engine(self, graph: str, precision: str | None = None) -> Engine:
-        return self.recording(graph, super().engine(graph, precision))
+    def open(self, graph: str, precision: str | None = None) -> Engine:
+        return self.recording(graph, super().open(graph, precision))
 
     def recording(self, graph: str, engine: Engine) -> Engine:
         """`engine`, its runs kept."""
@@ -169,8 +189,8 @@ def calibration_set(
 ) -> list[Sample]:
     """The bundle's samples, from `folder` where these settings and versions have made them.
 
-    `data` is a folder of MNIST's IDX files whose pictures go through R2IR; without it these are
-    pictures that the bundle draws. Written through `scratch`, a folder on the same disk.
+    `data` is a folder of MNIST's IDX files whose pictures go through the resampler; without it
+    these are pictures that the bundle draws. Written through `scratch`, a folder on the same disk.
     """
     pictures = read_pictures(data, settings) if data else None
     given = hashlib.sha256(b"" if pictures is None else pictures.tobytes()).hexdigest()
@@ -213,48 +233,52 @@ def read_pictures(folder: Path, settings: Settings) -> Array:
 
 def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Iterator[Sample]:
     """Every sample, drawn by the fp32 graphs."""
-    pipeline = Recorder(manifest)
-    count, labels = settings.pictures, manifest.model.condition.labels
-    if pictures is None or pictures.shape[1] != manifest.model.r2ir.color_channels:
+    recorder = Recorder(manifest)
+    bundle = Bundle(manifest, engines=recorder)
+    count, labels = settings.pictures, len(manifest.interface.labels)
+    if pictures is None or pictures.shape[1] != manifest.interface.color_channels:
         own: list[Label] = [i % labels for i in range(count)]
-        pictures = pipeline.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
+        pictures = bundle.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
     bar = tqdm(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
     with bar:
         for number, size in enumerate(settings.sizes):
             bar.set_postfix_str(size_name(size))
-            yield from through_r2ir(pipeline, pictures, size)
+            yield from through_resampler(bundle, pictures, size)
             bar.update()
             for turn, scale in enumerate(settings.guidance_scales):
                 turn += number * len(settings.guidance_scales)
                 own = [(turn * count + i) % labels for i in range(count)]
-                yield from trajectory(pipeline, own, size, scale, settings, turn)
+                yield from trajectory(bundle, recorder, own, size, scale, settings, turn)
                 bar.update()
 
 
-def through_r2ir(pipeline: Pipeline, pictures: Array, size: Size) -> list[Sample]:
+def through_resampler(bundle: Bundle, pictures: Array, size: Size) -> list[Sample]:
     """Pictures to a latent of `size`, and the latent to an image of the training ratio.
 
-    The graphs run on whole images, which a pipeline may draw in tiles.
+    The graphs run on whole images, which a bundle may draw in tiles.
     """
     found: list[Sample] = []
+    roles = roles_of(bundle.manifest)
 
     def run(graph: str, at: Size, inputs: Arrays) -> Arrays:
         found.append(Sample(graph, at, {**inputs, "coordinates": grid(*at)}))
-        return pipeline.engine(graph).run(found[-1].inputs)
+        return bundle.engines.open(graph).run(found[-1].inputs)
 
-    image = pipeline.image_size(size)
-    at_size = pipeline.resample(pictures, image) if image != pictures.shape[2:] else pictures
+    image = bundle.interface.image_size(size)
+    at_size = bundle.resample(pictures, image) if image != pictures.shape[2:] else pictures
     for given in (pictures, at_size):
-        sums = run("r2ir_image_summary", (given.shape[2], given.shape[3]), {"pixels": given})
-    latent = run("r2ir_encode", size, sums)["latent"]
-    sums = run("r2ir_latent_summary", size, {"latent": latent})
-    response = run("r2ir_decode", image, sums)["response"]
-    run("r2ir_render", image, {**sums, "response": response})
+        sums = run(roles.read_image, (given.shape[2], given.shape[3]), {"pixels": given})
+    latent = run(roles.encode, size, sums)["latent"]
+    sums = run(roles.read_latent, size, {"latent": latent})
+    decoded = run(roles.decode, image, sums)
+    del decoded["pixels"]
+    run(roles.render, image, {**sums, **decoded})
     return found
 
 
 def trajectory(
-    pipeline: Recorder,
+    bundle: Bundle,
+    recorder: Recorder,
     labels: Sequence[Label],
     size: Size,
     scale: float,
@@ -262,17 +286,17 @@ def trajectory(
     turn: int,
 ) -> Iterator[Sample]:
     """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
-    steps = settings.steps
+    steps, graph = settings.steps, bundle.diffuser.step_graph
     request = Request(labels, size, None, steps, scale, seed=settings.seed)
     times, alpha_bars = schedule.timesteps(steps), schedule.sampling_alpha_bar(steps)
     found: list[Sample] = []
 
     def keep(step: int) -> None:
         if (step + turn) % settings.every == 0 and alpha_bars[step] >= EXACT_BELOW:
-            inputs, _ = pipeline.recorded["r2id"]
-            found.append(Sample("r2id", size, inputs, float(times[step]), scale))
+            inputs, _ = recorder.recorded[graph]
+            found.append(Sample(graph, size, inputs, float(times[step]), scale))
 
-    pipeline.diffuse(request, keep)
+    bundle.diffuse(request, keep)
     keep(steps)
     yield from found
 
@@ -319,7 +343,7 @@ def load(path: Path, manifest: Manifest) -> list[Sample]:
             f"{path}: calibration data of another bundle; expected that of {manifest.folder}. "
             f"{again}"
         )
-    missing = [name for name in HEAVY if all(sample.graph != name for sample in samples)]
+    missing = [name for name in heavy(manifest) if all(sample.graph != name for sample in samples)]
     if missing:
         raise ArtefactError(f"{path}: has no sample of {', '.join(missing)}. {again}")
     for sample in samples:
@@ -334,11 +358,11 @@ def load(path: Path, manifest: Manifest) -> list[Sample]:
 
 def coverage(samples: Sequence[Sample]) -> dict[str, Any]:
     """How many samples there are of each graph at each size, and of the step graph at each t."""
-    sizes: dict[str, dict[str, int]] = {name: {} for name in HEAVY}
+    sizes: dict[str, dict[str, int]] = {}
     times: dict[str, int] = {}
     scales: dict[str, int] = {}
     for sample in samples:
-        own, size = sizes[sample.graph], size_name(sample.size)
+        own, size = sizes.setdefault(sample.graph, {}), size_name(sample.size)
         own[size] = own.get(size, 0) + 1
         if sample.t is not None:
             times[f"{sample.t:.3f}"] = times.get(f"{sample.t:.3f}", 0) + 1

@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runtime.cli import size_name
+from runtime.bundle.interface import Size, size_name
 from runtime.engines import EngineOptions
 from runtime.errors import ToolkitError
 from runtime.memory import peak_resident
-from runtime.pipeline.pipeline import open_bundle
-from runtime.pipeline.tiles import Size
+from runtime.pipeline.bundle import open_bundle
+from runtime.sampling import schedule
 from runtime.sampling.request import Request
 
 SECONDS = 1.5  # how long a step is timed in one round
@@ -31,14 +31,15 @@ def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int)
     """
     try:
         options = EngineOptions(provider, precision=precision, threads=threads)
-        pipeline = open_bundle(bundle, options)
+        diffuser = open_bundle(bundle, options).diffuser
         request = Request([0], size)
-        conditions, _ = request.branches(pipeline.model.condition.labels)
-        inputs, film = pipeline.step_inputs(conditions, size, 50)
-        first, engine = pipeline.step_engines(50)
+        conditions, _ = diffuser.branches(request)
+        alpha_bar = schedule.sampling_alpha_bar(50)
+        inputs = diffuser.inputs(conditions, size, alpha_bar).at(25)
+        first, engine = diffuser.step_engines(50)
     except ToolkitError as error:
         return str(error)
-    given = {"latent": pipeline.noise(request, size).draw(), "film": film[25], **inputs}
+    given = {"latent": diffuser.noise(request, size).draw(), **inputs}
     for own in (first, engine):
         own.run(given)
     seconds: list[float] = []

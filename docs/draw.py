@@ -57,7 +57,7 @@ def trajectory(pipeline: Any) -> list[np.ndarray]:
         eps: np.ndarray = denoise(x, step)
         return eps
 
-    start = pipeline.noise(request, LATENT).draw()
+    start = pipeline.diffuser.noise(request, LATENT).draw()
     ddim.sample(watch, start, STEPS, weights)
     return [seen[step] for step in SHOWN_STEPS]
 

@@ -2,24 +2,25 @@
 
 import argparse
 import platform
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import torch
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from export.chunk import chunk_ffn
-from export.to_onnx import OPSET, GraphSource, onnx_from_source, sources
+from export.families import family_of
+from export.to_onnx import OPSET, GraphSource, onnx_from_source
 from export.verify import parity, trajectory_parity
 from reference import checkpoint
 from runtime import cli
 from runtime.bundle.files import sha256, staging
-from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
-from runtime.sampling.schedule import FLOOR, OFFSET
+from runtime.bundle.interface import Interface, Range
+from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest, Source
 
-LARGEST = {"batch": 4096, "conditions": 64, "height": 65536, "width": 65536, "steps": 10_001}
+LARGEST = {"batch": 4096, "conditions": 64, "steps": 10_001}
 
 
 def export(args: argparse.Namespace) -> None:
@@ -36,57 +37,70 @@ def export(args: argparse.Namespace) -> None:
 
 def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     """Write every graph into `folder`, each checked against PyTorch, and check a trajectory."""
-    config = loaded.models.config
-    bar = tqdm(sources(loaded.models), desc="export", unit="graph")
+    models = loaded.models
+    family = family_of(models)
+    interface = family.interface(models, tuple(loaded.provenance.get("labels") or ()))
+    bar = tqdm(family.sources(models), desc="export", unit="graph")
     specs, for_cpu = {}, {}
     for source in bar:
         bar.set_postfix_str(source.name)
         model = onnx_from_source(source)
-        specs[source.name] = write_graph(source, model, folder / f"{source.name}.onnx")
+        path = folder / f"{source.name}.onnx"
+        specs[source.name] = write_graph(source, model, path, interface)
         chunked = chunk_ffn(model)
         if chunked is not None:
-            path = folder / f"{source.name}.cpu.onnx"
-            for_cpu[source.name] = write_graph(source, chunked, path)
-    names = loaded.provenance.get("labels") or map(str, range(config.condition.labels))
+            path = path.with_suffix(".cpu.onnx")
+            for_cpu[source.name] = write_graph(source, chunked, path, interface)
     manifest = Manifest(
-        model=config,
-        labels=tuple(names),
-        checkpoint={"sha256": loaded.sha256, "provenance": loaded.provenance},
+        interface=interface,
+        schedule=family.schedule(models),
+        checkpoint=Source(loaded.sha256, loaded.provenance),
         versions={
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,
             "python": platform.python_version(),
             "opset": str(OPSET),
         },
-        schedule={"name": "cosine", "offset": OFFSET, "floor": FLOOR},
-        trajectory={},
+        trajectory=None,
         graphs=specs,
         for_cpu=for_cpu,
         folder=folder,
     )
-    return replace(manifest, trajectory=trajectory_parity(loaded.models, manifest))
+    return replace(manifest, trajectory=trajectory_parity(family, models, manifest))
 
 
-def write_graph(source: GraphSource, model: onnx.ModelProto, path: Path) -> GraphSpec:
+def write_graph(
+    source: GraphSource, model: onnx.ModelProto, path: Path, interface: Interface
+) -> GraphSpec:
     """A graph's file in a folder of ours, its spec and its parity on ONNX Runtime."""
     data = model.SerializeToString(deterministic=True)
     path.write_bytes(data)
-    axes = {axis for spec in source.inputs for axis in spec.axes if isinstance(axis, str)}
-    spec = GraphSpec(
+    sides = sides_of(source, interface)
+    ranges = {axis: Range(1, most) for axis, most in LARGEST.items()}
+    ranges |= {"height": sides, "width": sides}
+    return GraphSpec(
         file=path.name,
         sha256=sha256(data),
         precision="fp32",
+        lifetime=source.lifetime,
         inputs=source.inputs,
         outputs=source.outputs,
-        ranges={axis: (1, high) for axis, high in LARGEST.items() if axis in axes},
+        ranges={axis: legal for axis, legal in ranges.items() if axis in source.axes},
+        floats_per_pixel=source.floats_per_pixel,
+        parity=parity(source, data, sides),
     )
-    return replace(spec, parity=parity(source, data))
+
+
+def sides_of(source: GraphSource, interface: Interface) -> Range:
+    """The legal sides of a graph's height and width: those of the image, or of the latent."""
+    image = source.lifetime in ("image", "tile")
+    return interface.image_sides if image else interface.latent_sides
 
 
 def worst(manifest: Manifest) -> str:
     """The largest error of any graph at any size, in words."""
-    error, name = max((row["error"], n) for n, spec in manifest.forms() for row in spec.parity)
+    error, name = max((row.error, n) for n, spec in manifest.forms() for row in spec.parity)
     return f"largest difference from PyTorch {error:.1e} in {name}"
 
 

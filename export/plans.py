@@ -66,9 +66,9 @@ def check_targets(job: Job, targets: Sequence[str]) -> None:
             )
 
 
-def with_update(name: str, spec: GraphSpec, model: bytes) -> tuple[GraphSpec, bytes]:
+def with_update(spec: GraphSpec, model: bytes) -> tuple[GraphSpec, bytes]:
     """The graph with what `plan_interface` says a plan of it also has: the DDIM update."""
-    interface = plan_interface(name, spec)
+    interface = plan_interface(spec)
     if interface is spec:
         return spec, model
     made = onnx.load_from_string(model)
@@ -134,7 +134,7 @@ class PlanBuilder:
 
     def _plan(self, job: Job) -> tuple[bytes, PlanSpec]:
         started = time.perf_counter()
-        interface, model = with_update(job.name, job.spec, job.model)
+        interface, model = with_update(job.spec, job.model)
         builder = self.trt.Builder(self.log)
         network = builder.create_network(0)
         parser = self.trt.OnnxParser(network, self.log)

@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write
+from runtime.bundle.interface import Range as AxisRange
 from runtime.bundle.manifest import GraphSpec
 from runtime.bundle.profiles import Cost, Profile, covers, describe
 from runtime.errors import UsageError
 
 Range = tuple[int, int]
 Size = tuple[int, int]
-# Graphs whose height and width are the image's; those of all others are the latent's.
-IMAGE_GRAPHS = ("r2ir_image_summary", "r2ir_decode", "r2ir_render", "r2ir_response")
 CANDIDATES = 40  # optima that are tried over a range
 SAMPLES = 24  # sizes per side that the expectation is taken over
 # What most requests have: a label and no label; 50 steps.
@@ -229,29 +228,38 @@ class Ranges:
         """Profiles of the image's sizes."""
         return plan_profiles(self.image, self.batch, self.profiles, self.cost)
 
-    def of_graph(self, name: str, spec: GraphSpec, labels: int) -> list[Profile]:
+    def of_graph(self, spec: GraphSpec, labels: int) -> list[Profile]:
         """A graph's profiles over its own axes; raises UsageError outside the graph's range."""
-        split = self.image_profiles if name in IMAGE_GRAPHS else self.latent_profiles
+        image = spec.lifetime in ("image", "tile")
+        split = self.image_profiles if image else self.latent_profiles
         split = split if "height" in spec.ranges else split[:1]
-        # Every distinct condition of a batch is one label's or none's.
-        most = min(labels + 1, spec.ranges.get("conditions", (1, 1))[1])
-        conditions = (1, most) if name == "r2id_condition" else self.conditions
+        conditions = self.conditions
+        if spec.lifetime == "prompt" and "conditions" in spec.ranges:
+            # Every distinct condition of a batch is one label's or none's.
+            conditions = (1, min(labels + 1, spec.ranges["conditions"].maximum))
         limits = {"conditions": conditions, "steps": (self.steps[0] + 1, self.steps[1] + 1)}
         found = []
         for profile in split:
             every = dict(profile)
             for axis, (low, high) in limits.items():
                 every[axis] = (low, min(max(USUAL[axis], low), high), high)
-            found.append({axis: every[axis] for axis in spec.ranges})
-        for axis, (low, high) in spec.ranges.items():
+            found.append({axis: fitted(every[axis], legal) for axis, legal in spec.ranges.items()})
+        for axis, legal in spec.ranges.items():
             least = min(profile[axis][0] for profile in found)
             most = max(profile[axis][2] for profile in found)
-            if least < low or most > high:
+            if least < legal.minimum or most > legal.maximum:
                 raise UsageError(
                     f"{spec.file}: {axis} {least}..{most} is asked for; the graph takes "
-                    f"{low}..{high}. Ask for a smaller range"
+                    f"{legal}. Ask for a smaller range"
                 )
         return found
+
+
+def fitted(limits: tuple[int, int, int], legal: AxisRange) -> tuple[int, int, int]:
+    """The legal multiples in (minimum, optimum, maximum)."""
+    of = legal.multiple
+    low, high = -(-limits[0] // of) * of, limits[2] // of * of
+    return low, min(max(legal.nearest(limits[1]), low), high), high
 
 
 def explain(ranges: Ranges, path: Path) -> None:

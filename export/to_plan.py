@@ -7,11 +7,11 @@ import argparse
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from export.plans import Job, PlanBuilder, check_targets, plan_file
@@ -43,9 +43,7 @@ def build(args: argparse.Namespace) -> None:
     )
     names = chosen(manifest, args.graphs, args.precision)
     wanted = {
-        name: ranges.of_graph(
-            name, manifest.graph(name, args.precision), manifest.model.condition.labels
-        )
+        name: ranges.of_graph(manifest.graph(name, args.precision), len(manifest.interface.labels))
         for name in names
     }
     if args.explain is not None:

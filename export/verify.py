@@ -11,14 +11,15 @@ from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
-from reference.families.r2.model import R2Models
 
+from export.families import Family
 from export.to_onnx import GraphSource
-from runtime.bundle.manifest import Array, Manifest, relative_error
+from runtime.bundle.interface import Range
+from runtime.bundle.manifest import Array, Manifest, Parity, Trajectory, relative_error
 from runtime.errors import ArtefactError
-from runtime.pipeline.pipeline import Pipeline
-from runtime.sampling import ddim
-from runtime.sampling.request import Request
+from runtime.pipeline.bundle import Bundle
+from runtime.sampling import ddim, schedule
+from runtime.sampling.request import Label, Request
 
 TOLERANCE = 1e-4
 TRAJECTORY_TOLERANCE = 1e-3
@@ -31,11 +32,19 @@ CONDITIONS = (1, 2, 3)
 STEPS = (1, 5, 51)
 
 
-def size_cases(source: GraphSource) -> Iterator[dict[str, int]]:
-    """Sizes of the graph's named axes: all grids, batches, conditions and step counts."""
-    axes = {axis for spec in source.inputs for axis in spec.axes if isinstance(axis, str)}
-    small = source.name == "r2id_position"
-    grids = (SMALL_GRAPH_SIZES if small else SIZES) if "height" in axes else ((0, 0),)
+def size_cases(source: GraphSource, sides: Range) -> Iterator[dict[str, int]]:
+    """Sizes of the graph's named axes: all grids, batches, conditions and step counts.
+
+    Grids count multiples of the legal sides; those that are too large are left out.
+    """
+    axes = source.axes
+    small = source.lifetime == "size"
+    scaled = [
+        (height * sides.multiple, width * sides.multiple)
+        for height, width in (SMALL_GRAPH_SIZES if small else SIZES)
+    ]
+    grids = [size for size in scaled if size[0] in sides and size[1] in sides]
+    grids = grids if "height" in axes else [(0, 0)]
     batches = BATCHES if "batch" in axes else (0,)
     conditions = CONDITIONS if "conditions" in axes else (0,)
     steps = STEPS if "steps" in axes else (0,)
@@ -67,13 +76,15 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return {spec.name: tensor.numpy() for spec, tensor in named}
 
 
-def parity(source: GraphSource, model: bytes, tolerance: float = TOLERANCE) -> list[dict[str, Any]]:
+def parity(
+    source: GraphSource, model: bytes, sides: Range, tolerance: float = TOLERANCE
+) -> list[Parity]:
     """Errors of a graph on ONNX Runtime against its module in PyTorch, at every size case.
 
     Polygraphy runs both, one case after the other, and refuses inputs that are not the graph's.
     Raises ArtefactError over `tolerance`.
     """
-    cases = list(size_cases(source))
+    cases = list(size_cases(source, sides))
     names = [spec.name for spec in source.inputs]
     examples = (
         source.example(sizes, torch.Generator().manual_seed(n)) for n, sizes in enumerate(cases)
@@ -92,34 +103,30 @@ def parity(source: GraphSource, model: bytes, tolerance: float = TOLERANCE) -> l
                     f"{source.name}: differs from PyTorch by {error:.2e} at {sizes}; expected at "
                     f"most {tolerance:.0e}. The export is stopped and no manifest is written"
                 )
-            rows.append({**sizes, "error": float(f"{error:.2e}")})
+            rows.append(Parity(sizes, float(f"{error:.2e}")))
     return rows
 
 
-def trajectory_parity(models: R2Models, manifest: Manifest) -> dict[str, Any]:
+def trajectory_parity(family: Family, models: Any, manifest: Manifest) -> Trajectory:
     """A whole guided trajectory and its picture: the bundle against the reference models.
 
     This compares with `reference/`, not with the modules that were exported, so that it also
     guards the rewrites. Raises ArtefactError.
     """
-    height, width = TRAJECTORY_SIZE
-    labels, ratio = models.config.condition.labels, models.config.pixels_per_latent
-    one_hot = torch.zeros(2, 1, labels)
-    one_hot[1, 0, labels // 2] = 1
-    pipeline = Pipeline(manifest)
-    request = Request([labels // 2], TRAJECTORY_SIZE, steps=TRAJECTORY_STEPS)
-    start = torch.from_numpy(pipeline.noise(request, TRAJECTORY_SIZE).draw())
+    bundle, interface = Bundle(manifest), manifest.interface
+    height, width = (interface.latent_sides.nearest(side) for side in TRAJECTORY_SIZE)
+    count = len(interface.labels)
+    label: Label = count // 2 if count else None
+    request = Request([label], (height, width), steps=TRAJECTORY_STEPS)
+    conditions, weights = request.branches(count)
+    start = torch.from_numpy(bundle.diffuser.noise(request, request.latent).draw())
     with torch.inference_mode():
-        denoise = models.denoiser(one_hot, TRAJECTORY_STEPS)
-        wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, (-1.0, 2.0)).x
-        pixels = models.r2ir.decode(wanted, (ratio * height, ratio * width))
-    made = pipeline.generate(
-        labels=[labels // 2],
-        latent=TRAJECTORY_SIZE,
-        steps=TRAJECTORY_STEPS,
-        guidance_scale=2.0,
-        seed=0,
-    )
+        nodes = schedule.sampling_alpha_bar(TRAJECTORY_STEPS)
+        denoise = models.denoiser(torch.from_numpy(conditions), nodes)
+        numbers = [float(weight[0, 0, 0, 0]) for weight in weights]
+        wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, numbers).x
+        pixels = family.decode(models, wanted, interface.image_size(request.latent))
+    made = bundle.generate(request.labels, latent=request.latent, steps=TRAJECTORY_STEPS)
     errors = {
         "latent": relative_error(made.latents, wanted.numpy()),
         "pixels": relative_error(made.images, pixels.numpy()),
@@ -130,4 +137,4 @@ def trajectory_parity(models: R2Models, manifest: Manifest) -> dict[str, Any]:
             f"expected at most {TRAJECTORY_TOLERANCE:.0e}"
         )
     rounded = {key: float(f"{error:.2e}") for key, error in errors.items()}
-    return {"steps": TRAJECTORY_STEPS, "height": height, "width": width, **rounded}
+    return Trajectory(TRAJECTORY_STEPS, height, width, rounded)

@@ -39,11 +39,11 @@ from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime import cli
 from runtime.bundle.files import Measures, atomic_write
-from runtime.cli import size_name
+from runtime.bundle.interface import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
-from runtime.pipeline.pipeline import Pipeline, open_bundle
+from runtime.pipeline.bundle import Bundle, open_bundle
 from runtime.sampling import ddim, schedule
 from runtime.sampling.noise import COHERENT, KINDS, NoiseStreams
 
@@ -143,7 +143,8 @@ def draw_with_torch(
     own = F.one_hot(labels[part], models.config.condition.labels).float()
     shape = (models.config.r2id.latent_channels, *size)
     streams = NoiseStreams(SEED, range(part.start, part.stop), shape, kind)
-    denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), args.steps)
+    nodes = schedule.sampling_alpha_bar(args.steps)
+    denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), nodes)
     weights = (1 - args.guidance, args.guidance)
     start = torch.from_numpy(streams.draw())
     latent = ddim.sample(denoise, start, args.steps, weights, on_step=on_step).x
@@ -151,7 +152,7 @@ def draw_with_torch(
 
 
 def request(labels: Tensor, part: slice, args: argparse.Namespace) -> dict[str, Any]:
-    """What `Pipeline.generate` draws `labels[part]` with, at any size."""
+    """What `Bundle.generate` draws `labels[part]` with, at any size."""
     return {
         "labels": labels[part].tolist(),
         "steps": args.steps,
@@ -161,12 +162,13 @@ def request(labels: Tensor, part: slice, args: argparse.Namespace) -> dict[str, 
     }
 
 
-def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Pipeline | None:
+def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Bundle | None:
     """The bundle of --bundle; raises UsageError where it is of another checkpoint."""
     if args.bundle is None:
         return None
     graphs = open_bundle(args.bundle, EngineOptions(precision=args.precision))
-    found = graphs.manifest.checkpoint["sha256"]
+    source = graphs.manifest.checkpoint
+    found = None if source is None else source.sha256
     if found != checkpoint_sha256:
         raise UsageError(
             f"{args.bundle}: made from checkpoint {found}; expected {checkpoint_sha256}. Make it "

@@ -15,7 +15,7 @@ from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
-    from runtime.pipeline.pipeline import Pipeline
+    from runtime.pipeline.bundle import Bundle
 
 # Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
@@ -111,10 +111,10 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_bundle(args: argparse.Namespace) -> "Pipeline":
+def open_bundle(args: argparse.Namespace) -> "Bundle":
     """The bundle that `add_engine_options` asked for; see `runtime.open_bundle`."""
     from runtime.engines import EngineOptions
-    from runtime.pipeline.pipeline import open_bundle
+    from runtime.pipeline.bundle import open_bundle
 
     options = EngineOptions(
         args.provider,
@@ -156,11 +156,6 @@ def size(text: str) -> tuple[int, int]:
 def sizes(text: str) -> list[tuple[int, int]]:
     """Sizes separated by commas."""
     return [size(part) for part in text.split(",")]
-
-
-def size_name(height_width: tuple[int, int]) -> str:
-    """A size as `size` reads it."""
-    return f"{height_width[0]}x{height_width[1]}"
 
 
 def memory(text: str) -> int:

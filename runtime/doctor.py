@@ -179,19 +179,27 @@ def advice(found: dict[str, Any], manifest: "Manifest | None") -> list[str]:
     if manifest is None:
         return ["make export"]
     gpus = found["nvidia"]["gpus"]
-    engine = f"python -m runtime.generate --engine {manifest.folder / 'r2id.onnx'} --label 0-9"
+    step = manifest.step_graph
+    start, rest = "python -m runtime.generate --engine", label_option(manifest)
+    engine = f"{start} {manifest.folder / manifest.graphs[step].file}{rest}"
     able = [name for name, own in found["providers"].items() if own["available"]]
     if gpus:
         targets = {f"sm{gpu['compute_capability'].replace('.', '')}" for gpu in gpus}
         for file, plan in manifest.plans.items():
             installed = found["libraries"].get(plan.flavour, {}).get("installed")
-            if plan.graph == "r2id" and installed and targets & set(plan.targets):
-                return [f"python -m runtime.generate --engine {manifest.folder / file} --label 0-9"]
+            if plan.graph == step and installed and targets & set(plan.targets):
+                return [f"{start} {manifest.folder / file}{rest}"]
         if "cuda" in able:
             return [f"{engine} --provider cuda"]
         return [engine, f"{PROVIDERS['cuda'].install} && {engine} --provider cuda"]
     best = next((name for name in ("directml", "coreml") if name in able), "cpu")
     return [f"{engine} --provider {best}"]
+
+
+def label_option(manifest: "Manifest") -> str:
+    """The option that draws the first few labels of a bundle, as text after an engine's name."""
+    count = min(len(manifest.interface.labels), 10)
+    return f" --label 0-{count - 1}" if count else ""
 
 
 def as_text(found: dict[str, Any]) -> str:

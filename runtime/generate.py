@@ -13,7 +13,7 @@ from runtime.render import Drawing
 
 if TYPE_CHECKING:
     from runtime.images.png import Rows
-    from runtime.pipeline.pipeline import Pipeline
+    from runtime.pipeline.bundle import Bundle
     from runtime.sampling.request import Label
 
 SHEET_COLUMNS = 10
@@ -160,20 +160,20 @@ def generate(args: argparse.Namespace) -> None:
     from runtime.sampling.request import Request
 
     wanted = request(args)
-    pipeline = cli.open_bundle(args)
+    bundle = cli.open_bundle(args)
     if args.from_png is not None:
-        check_bundle(pipeline, args.from_png)
-    resolve(pipeline, wanted)
+        check_bundle(bundle, args.from_png)
+    resolve(bundle, wanted)
     each: list[Label] = [label for label in wanted["label"] for _ in range(wanted["count"])]
     if len(each) > MOST_IMAGES:
         raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
     runs = [(wanted, args.out)]
     if args.preview:
-        runs.insert(0, (preview(pipeline, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
+        runs.insert(0, (preview(bundle, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
     for own, _ in runs:
-        pipeline.check_request(Request(each, **settings(own)), args.batch)
+        bundle.check(Request(each, **settings(own)), args.batch)
     drawings = [
-        Drawing(pipeline, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
+        Drawing(bundle, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
     ]
     paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
     if args.state is not None:
@@ -183,7 +183,7 @@ def generate(args: argparse.Namespace) -> None:
     for (own, _), drawing, files in zip(runs, drawings, paths, strict=True):
         latents = draw(drawing, own, each, files, args.batch)
     if args.state is not None:
-        pipeline.state(latents, describe(pipeline, wanted)).save(args.state)
+        bundle.state(latents, describe(bundle, wanted)).save(args.state)
 
 
 def settings(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +192,14 @@ def settings(wanted: dict[str, Any]) -> dict[str, Any]:
     return {name: wanted[name] for name in names} | {"guidance_scale": wanted["guidance"]}
 
 
-def preview(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
+def preview(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
     """The request at a small latent and image and with few steps: the same pictures, rougher."""
-    small = shrunk(wanted["continue_at"] or wanted["latent"], PREVIEW_SIDE)
-    image = shrunk(wanted["image"], PREVIEW_SIDE * pipeline.model.pixels_per_latent)
+    interface = bundle.interface
+    height, width = shrunk(wanted["continue_at"] or wanted["latent"], PREVIEW_SIDE)
+    small = interface.latent_sides.nearest(height), interface.latent_sides.nearest(width)
+    image = interface.image_size(small)
+    if interface.decoupled:
+        image = shrunk(wanted["image"], PREVIEW_SIDE * interface.pixels_per_latent)
     if wanted["noise"] == "independent" and small != wanted["latent"]:
         raise UsageError(
             f"--preview draws at {small[0]}x{small[1]}, where independent noise makes another "
@@ -219,27 +223,30 @@ def check_state(path: Path) -> None:
     check_writable(path)
 
 
-def check_bundle(pipeline: "Pipeline", png: Path) -> None:
+def check_bundle(bundle: "Bundle", png: Path) -> None:
     """Raise ArtefactError where a PNG was made by another checkpoint than this bundle's."""
     from runtime.images.pixels import read_metadata
 
-    made, here = (
-        read_metadata(png).get("checkpoint"),
-        pipeline.manifest.checkpoint.get("sha256"),
-    )
+    made, here = read_metadata(png).get("checkpoint"), checkpoint_of(bundle)
     if made != here:
         raise ArtefactError(
             f"{png}: made by checkpoint {made}; this bundle has {here}. Pass its bundle: --engine"
         )
 
 
-def resolve(pipeline: "Pipeline", wanted: dict[str, Any]) -> None:
+def checkpoint_of(bundle: "Bundle") -> str | None:
+    """The SHA-256 of the checkpoint that a bundle was made from; None where it had none."""
+    source = bundle.manifest.checkpoint
+    return None if source is None else source.sha256
+
+
+def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
     """Fill in what the bundle decides."""
     if wanted["label"] is None:
-        wanted["label"] = list(range(pipeline.model.condition.labels))
-    wanted["latent"] = wanted["latent"] or pipeline.model.default_latent
+        wanted["label"] = [*range(len(bundle.interface.labels))] or [None]
+    wanted["latent"] = wanted["latent"] or bundle.interface.default_latent
     largest = wanted["continue_at"] or wanted["latent"]
-    wanted["image"] = wanted["image"] or pipeline.image_size(largest)
+    wanted["image"] = wanted["image"] or bundle.interface.image_size(largest)
     if wanted["continue_at"]:
         wanted["continue_from"] = wanted["continue_from"] or wanted["steps"] // 2
 
@@ -260,7 +267,7 @@ def draw(
 
     from runtime.sampling.request import Request
 
-    pipeline = drawing.pipeline
+    bundle = drawing.bundle
     latents: list[Any] = []  # [1, C, H, W] of each image
     total = -(-len(each) // batch) * wanted["steps"]
     with tqdm(total=total, desc="generate", unit="step") as bar:
@@ -268,36 +275,36 @@ def draw(
             own = each[start : start + batch]
             index = wanted["first_index"] + start
             part = Request(own, **settings(wanted), first_index=index)
-            made = pipeline.diffuse(part, lambda step: bar.update())
+            made = bundle.diffuse(part, lambda step: bar.update())
             latents += np.split(made, len(made))
             for offset in range(len(own) if len(paths) == len(each) else 0):
                 single = {"label": [own[offset]], "count": 1, "first_index": index + offset}
-                metadata = describe(pipeline, wanted | single)
+                metadata = describe(bundle, wanted | single)
                 image = drawn(drawing, latents[start + offset])
                 drawing.save(paths[start + offset], [image], 1, metadata)
     if len(paths) < len(each):
         columns = wanted["count"] if 1 < wanted["count"] <= 2 * SHEET_COLUMNS else SHEET_COLUMNS
         images = [drawn(drawing, latent) for latent in latents]
-        drawing.save(paths[0], images, columns, describe(pipeline, wanted))
+        drawing.save(paths[0], images, columns, describe(bundle, wanted))
     print(f"{paths[0]}" + (f" … {paths[-1]}" if len(paths) > 1 else ""))
     return np.concatenate(latents)
 
 
 def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
     """The bands of one latent's image; its state is made when the first is asked for."""
-    yield from drawing.bands(drawing.pipeline.state(latent))
+    yield from drawing.bands(drawing.bundle.state(latent))
 
 
-def describe(pipeline: "Pipeline", wanted: dict[str, Any]) -> dict[str, Any]:
+def describe(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
     """A PNG's metadata: all that is needed to make it again."""
     return {
         "request": wanted,
-        "model": pipeline.model.name,
-        "checkpoint": pipeline.manifest.checkpoint.get("sha256"),
-        "manifest": pipeline.manifest.sha256,
-        "precision": pipeline.options.precision,
-        "provider": pipeline.provider,
-        "provider_options": dict(pipeline.options.provider_options),
+        "model": bundle.interface.name,
+        "checkpoint": checkpoint_of(bundle),
+        "manifest": bundle.manifest.sha256,
+        "precision": bundle.options.precision,
+        "provider": bundle.provider,
+        "provider_options": dict(bundle.options.provider_options),
     }
 
 

@@ -4,15 +4,17 @@ import argparse
 import json
 import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from runtime import cli
+from runtime.bundle.interface import size_name
 from runtime.errors import ArtefactError, ResourceError
 
 if TYPE_CHECKING:
-    from runtime.bundle.manifest import GraphSpec, Manifest, PlanSpec
+    from runtime.bundle.manifest import GraphSpec, Manifest, PlanSpec, Trajectory
 
 WIDTH = 100
 HEIGHT_WIDTH = ("height", "width")
@@ -35,12 +37,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     manifest = read_manifest(find_bundle(args.bundle), args.expect_sha256)
     states = file_states(manifest)
-    try:
-        text = as_json(manifest, states) if args.json else as_text(manifest, states, args.parity)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ArtefactError(f"{manifest.folder}: not a manifest ({reason}). {REBUILD}") from None
-    print(text)
+    print(as_json(manifest, states) if args.json else as_text(manifest, states, args.parity))
     bad = [f"{file} {state}" for file, state in states.items() if state != "ok"]
     if bad:
         raise ArtefactError(
@@ -74,7 +71,7 @@ def _state(manifest: "Manifest", spec: "GraphSpec | PlanSpec") -> str:
 
 def as_json(manifest: "Manifest", states: dict[str, str]) -> str:
     """The manifest with its folder, its own SHA-256 and the state of each file."""
-    content = asdict(manifest) | {"folder": str(manifest.folder), "files": states}
+    content = msgspec.to_builtins(manifest, enc_hook=str) | {"files": states}
     return json.dumps(content, indent=1)
 
 
@@ -89,55 +86,69 @@ def as_text(manifest: "Manifest", states: dict[str, str], every_size: bool) -> s
 
 def heading(manifest: "Manifest") -> dict[str, str]:
     """What the bundle is and where it came from, in short."""
-    model, checkpoint = manifest.model, manifest.checkpoint
-    provenance = checkpoint.get("provenance")
-    made = provenance if isinstance(provenance, dict) else {}
+    interface, source = manifest.interface, manifest.checkpoint
+    made: dict[str, Any] = {} if source is None else source.provenance
     seconds = made.get("seconds")
-    if isinstance(seconds, dict):
-        times = [f"{name} {float(value) / 60:.0f} min" for name, value in seconds.items()]
+    if isinstance(seconds, dict) and all(isinstance(v, int | float) for v in seconds.values()):
+        times = [f"{name} {value / 60:.0f} min" for name, value in seconds.items()]
         made = made | {"seconds": ", ".join(times)}
     shown = [str(made[key]) for key in ("command", "hardware", "seconds") if key in made]
-    networks = [
-        f"{name} {part.width} wide, {part.encoder_blocks} + {part.decoder_blocks} blocks, "
-        f"{part.heads} heads"
-        for name, part in (("R2IR", model.r2ir), ("R2ID", model.r2id))
-    ]
-    height, width = model.default_latent
     return {
         "bundle": str(manifest.folder),
         "manifest": f"SHA-256 {manifest.sha256}",
-        "model": f"{model.name}: {'; '.join(networks)}",
-        "images": f"{model.r2ir.color_channels} colour channels, {model.pixels_per_latent} pixels "
-        f"per latent cell; latents of {model.r2ir.latent_channels} channels, by default "
-        f"{height}x{width}",
-        "labels": ", ".join(manifest.labels),
-        "checkpoint": f"SHA-256 {checkpoint.get('sha256', 'not recorded')}",
+        "model": f"{interface.name}: {drawn_text(manifest)}",
+        "sizes": sizes_text(manifest),
+        "labels": ", ".join(interface.labels) or "none",
+        "checkpoint": f"SHA-256 {source.sha256}" if source else "not recorded",
         "trained": "; ".join(shown) or "not recorded",
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
         "trajectory": trajectory_text(manifest.trajectory),
     }
 
 
-def trajectory_text(trajectory: dict[str, Any]) -> str:
-    """How far a whole trajectory through the graphs is from PyTorch's."""
-    if not trajectory:
-        return "not recorded"
-    size = f"{trajectory['height']}x{trajectory['width']}"
-    errors = ", ".join(f"{key} {trajectory[key]:.1e}" for key in ("latent", "pixels"))
+def drawn_text(manifest: "Manifest") -> str:
+    """What is diffused, and what images are made of it."""
+    interface = manifest.interface
+    colours = f"images of {interface.color_channels} colour channels"
+    if not interface.decoupled:
+        return f"{colours}, diffused as pixels"
     return (
-        f"{trajectory['steps']} steps at {size}: differs from PyTorch by {errors} of the "
-        "largest value"
+        f"{colours}, {interface.pixels_per_latent} pixels per latent cell; latents of "
+        f"{interface.latent_channels} channels"
+    )
+
+
+def sizes_text(manifest: "Manifest") -> str:
+    """The legal sizes and the default one."""
+    interface = manifest.interface
+    text = f"latent sides of {interface.latent_sides}, by default "
+    text += size_name(interface.default_latent)
+    if interface.decoupled:
+        text += f"; image sides of {interface.image_sides}"
+    if (trained := interface.trained) is not None:
+        text += f"; trained on sides of {trained.shortest} to {trained.longest}"
+    return text
+
+
+def trajectory_text(trajectory: "Trajectory | None") -> str:
+    """How far a whole trajectory through the graphs is from PyTorch's."""
+    if trajectory is None:
+        return "not recorded"
+    size = size_name((trajectory.height, trajectory.width))
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in trajectory.errors.items())
+    return (
+        f"{trajectory.steps} steps at {size}: differs from PyTorch by {errors} of the largest value"
     )
 
 
 def graph_table(manifest: "Manifest", states: dict[str, str]) -> str:
-    """Each graph's precision, file and legal range of every axis."""
-    rows = [["graph", "precision", "size", "file", "axes"]]
+    """Each graph's lifetime, precision, file and legal range of every axis."""
+    rows = [["graph", "lifetime", "precision", "size", "file", "axes"]]
     for _, spec in manifest.forms():
-        size = _size(manifest.folder / spec.file)
-        rows.append(
-            [Path(spec.file).stem, spec.precision, size, states[spec.file], axes_text(spec.ranges)]
-        )
+        size, name = _size(manifest.folder / spec.file), Path(spec.file).stem
+        ranges = {axis: (own.minimum, own.maximum) for axis, own in spec.ranges.items()}
+        row = [name, spec.lifetime, spec.precision, size, states[spec.file], axes_text(ranges)]
+        rows.append(row)
     return cli.table(rows)
 
 
@@ -161,17 +172,16 @@ def parity_table(manifest: "Manifest", every_size: bool) -> str:
     """Differences from PyTorch, or of other precisions from fp32: each graph's largest, or all."""
     rows: list[list[object]] = [["graph", "precision", "sizes", "difference", "at"]]
     for _, spec in manifest.forms():
-        found = sorted(spec.parity, key=lambda row: -row["error"])
+        found = sorted(spec.parity, key=lambda row: -row.error)
         for row in spec.parity if every_size else found[:1]:
             count = 1 if every_size else len(found)
-            sizes = {axis: value for axis, value in row.items() if axis in spec.ranges}
             rows.append(
                 [
                     Path(spec.file).stem,
                     spec.precision,
                     count,
-                    f"{row['error']:.1e}",
-                    axes_text(sizes),
+                    f"{row.error:.1e}",
+                    axes_text(row.sizes),
                 ]
             )
     if every_size:

@@ -87,8 +87,8 @@ def profile_options(
     prefix, ranges = PROVIDERS[provider].profiles, span(profiles)
     if not prefix or not ranges:
         return {}
-    dynamic = [t for t in spec.inputs if any(isinstance(axis, str) for axis in t.axes)]
-    missing = {a for t in dynamic for a in t.axes if isinstance(a, str)} - set(ranges)
+    dynamic = [tensor for tensor in spec.inputs if tensor.names]
+    missing = {axis for tensor in dynamic for axis in tensor.names} - set(ranges)
     if missing:
         raise UsageError(
             f"{spec.file}: the profiles have {sorted(ranges)}; expected {sorted(missing)} too. "

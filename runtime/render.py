@@ -15,7 +15,7 @@ from runtime.errors import ArtefactError, UsageError
 if TYPE_CHECKING:
     from runtime.bundle.state import DecodeState
     from runtime.images.png import Rows
-    from runtime.pipeline.pipeline import Pipeline
+    from runtime.pipeline.bundle import Bundle
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,8 +42,8 @@ def render(args: argparse.Namespace) -> None:
     state = DecodeState.load(args.state)
     if args.index >= len(state):
         raise UsageError(f"--index {args.index}: {args.state} holds images 0 to {len(state) - 1}")
-    pipeline = cli.open_bundle(args)
-    drawing = Drawing(pipeline, args.size, args.crop, bool(args.exact), args.memory)
+    bundle = cli.open_bundle(args)
+    drawing = Drawing(bundle, args.size, args.crop, bool(args.exact), args.memory)
     drawing.check(state, str(args.state))
     images = [drawing.bands(state, args.index)]
     drawing.save(out, images, 1, described(state.metadata, args, drawing.exact))
@@ -78,7 +78,7 @@ class Drawing:
 
     def __init__(
         self,
-        pipeline: "Pipeline",
+        bundle: "Bundle",
         size: tuple[int, int],
         crop: tuple[int, int, int, int] | None,
         exact: bool,
@@ -86,33 +86,26 @@ class Drawing:
     ):
         from runtime.pipeline.tiles import window_of
 
-        pipeline.check_size("r2ir_decode", size, batch=1)
-        self.pipeline, self.size, self.crop = pipeline, size, crop
+        bundle.resampler.check_draw(size)
+        self.bundle, self.size, self.crop = bundle, size, crop
         self.exact, self.memory = exact, memory
         self.window = window_of(crop, size)
 
     def check(self, state: "DecodeState | None" = None, source: str = "") -> None:
         """Open every graph that drawing needs; raises ArtefactError or ResourceError."""
-        from runtime.pipeline.tiles import check_memory
-
-        config = self.pipeline.model.r2ir
+        resampler = self.bundle.resampler
         if state is not None:
-            bundle = self.pipeline.render_sha256
-            state.check(bundle, config.decoder_blocks, config.width, source)
-        graphs = self.pipeline.drawing_graphs(self.size)
-        for graph in graphs:
-            self.pipeline.engine(graph)
+            resampler.check_decode_state(state, source)
+        self.bundle.engines.open_all(resampler.drawing(self.size))
         if self.memory is not None:
-            check_memory(self.memory, config.width, graphs)
+            resampler.check_memory(self.memory, self.size)
 
     def bands(self, state: "DecodeState", index: int = 0) -> "Iterator[Rows]":
         """One image of a state as uint8 bands `[n, w, c]` from the top."""
         from runtime.images.pixels import to_uint8
 
-        yield from map(
-            to_uint8,
-            self.pipeline.draw(state, self.size, self.crop, self.exact, self.memory, index),
-        )
+        draw = self.bundle.resampler.draw
+        yield from map(to_uint8, draw(state, self.size, self.crop, self.exact, self.memory, index))
 
     def save(
         self, path: Path, images: "Sequence[Iterator[Rows]]", columns: int, metadata: dict[str, Any]
@@ -123,7 +116,7 @@ class Drawing:
         from runtime.images.pixels import save_rows, sheet_rows, sheet_size
 
         height, width = sheet_size(len(images), columns, (self.window.height, self.window.width))
-        channels = self.pipeline.model.r2ir.color_channels
+        channels = self.bundle.interface.color_channels
         with tqdm(total=height, desc=path.name, unit="row", leave=False, delay=1) as bar:
 
             def drawn() -> "Iterator[Rows]":

@@ -1,4 +1,4 @@
-"""Resample an image through R2IR: python -m runtime.resample photo.png --size 512x512."""
+"""Resample an image through a latent: python -m runtime.resample photo.png --size 512x512."""
 
 import argparse
 from pathlib import Path
@@ -27,14 +27,15 @@ def resample(args: argparse.Namespace) -> None:
     height, width = args.size
     out = cli.png_name(args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png"))
     check_writable(out)
-    pipeline = cli.open_bundle(args)
-    drawing = Drawing(pipeline, args.size, args.crop, bool(args.exact), args.memory)
-    with ImageFile(args.input, pipeline.model.r2ir.color_channels) as image:
+    bundle = cli.open_bundle(args)
+    bundle.check_resample(args.size)
+    drawing = Drawing(bundle, args.size, args.crop, bool(args.exact), args.memory)
+    with ImageFile(args.input, bundle.interface.color_channels) as image:
         drawing.check()
-        size = args.latent or pipeline.latent_size(image.size)
-        latent = pipeline.encode_windows(image, image.size, size, args.memory)
-    metadata = {"model": pipeline.model.name, "resampled": args.input.name}
-    drawing.save(out, [drawing.bands(pipeline.state(latent))], 1, metadata)
+        size = args.latent or bundle.interface.latent_size(image.size)
+        latent = bundle.resampler.encode_windows(image, image.size, size, args.memory)
+    metadata = {"model": bundle.interface.name, "resampled": args.input.name}
+    drawing.save(out, [drawing.bands(bundle.state(latent))], 1, metadata)
     print(out)
 
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from runtime.bundle.files import TEMPORARY_PREFIX
 from runtime.bundle.manifest import Array
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 
 # A machine that is busy with other things is slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
@@ -90,9 +90,9 @@ def command(tmp_path: Path) -> Command:
     return run
 
 
-def poison_film(pipeline: Pipeline, step: int) -> None:
+def poison_film(pipeline: Bundle, step: int) -> None:
     """Make the film of a pipeline's steps NaN from `step` on, as a graph that overflows would."""
-    film = pipeline.engine("r2id_film")
+    film = pipeline.engines.open("r2id_film")
 
     class Poisoned:
         provider = film.provider
@@ -102,4 +102,4 @@ def poison_film(pipeline: Pipeline, step: int) -> None:
             found[step:] = np.nan
             return {"film": found}
 
-    pipeline._engines["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]
+    pipeline.engines.opened["r2id_film", "fp32"] = Poisoned()  # type: ignore[assignment]

@@ -1,59 +1,107 @@
 """The manifest of a bundle: what each graph takes and gives, and the hash of each file.
 
-It is written last, so a folder with a manifest is a whole bundle.
+It is written last, so a folder with a manifest is a whole bundle. Graphs are wired by name: each
+states its lifetime, and what one gives is what a later one takes under that name.
 """
 
-import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from runtime.bundle.files import atomic_write, read_bytes, sha256
-from runtime.config import ModelConfig
+from runtime.bundle.files import atomic_write, open_file, read_bytes, sha256
+from runtime.bundle.interface import Count, Interface, Range, Schedule, Text
+from runtime.bundle.profiles import Profile
 from runtime.errors import ArtefactError, UsageError
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "manifest.json"
+LARGEST_MANIFEST = 16 << 20  # bytes; a hundred times a real one
 DEFAULT_BUNDLE = Path("build/mnist")
 REBUILD = "Make the bundle again with: make export"
 TO_PLAN = "python -m export.to_plan"
 
-Axis = str | int
+# How long what a graph gives stays as it is: of the diffuser a size, a schedule, a prompt or a
+# step, of the resampler an image, a latent or a tile.
+Lifetime = Literal["size", "schedule", "prompt", "step", "image", "latent", "tile"]
+Name = Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z_][A-Za-z0-9_.-]*\Z")]
+# A name, or the whole quotient of one: `height/4` of an input of `height`.
+AxisName = Annotated[str, Meta(max_length=100, pattern=r"\A[a-z][a-z_]*(/[1-9][0-9]{0,3})?\Z")]
+Axis = AxisName | Count
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}")
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output: named axes are dynamic, numbers are fixed."""
 
-    name: str
-    dtype: str
+    name: Name
+    dtype: Literal["float32", "int64", "int32", "bool"]
     axes: tuple[Axis, ...]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape at `sizes` of the named axes."""
-        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in self.axes)
+        return tuple(side_of(axis, sizes) if isinstance(axis, str) else axis for axis in self.axes)
+
+    @property
+    def names(self) -> list[str]:
+        """The named axes, each once and without its divisor."""
+        return [*dict.fromkeys(a.partition("/")[0] for a in self.axes if isinstance(a, str))]
 
 
-@dataclass(frozen=True)
-class GraphSpec:
-    """One graph: its file and hash, interface, legal range per axis, and measured parity.
+def side_of(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of a named axis, which may be the whole quotient of another."""
+    name, _, divisor = axis.partition("/")
+    return sizes[name] // int(divisor or 1)
 
-    `parity`: sizes of the named axes with `error`, the `relative_error` of an fp32 graph against
-    PyTorch, or of a graph in another precision against the fp32 one.
+
+class Parity(Struct, frozen=True, forbid_unknown_fields=True):
+    """The `relative_error` of a graph at sizes of its named axes."""
+
+    sizes: dict[Name, Count]
+    error: Annotated[float, Meta(ge=0)]
+
+
+def check_file(file: str) -> None:
+    """Raise ValueError for a name that could lie outside a bundle or mislead a terminal."""
+    if not FILE.fullmatch(file):
+        raise ValueError(f"a file lies at {file!r}, which is outside the bundle or no file's name")
+
+
+class GraphSpec(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One graph: its file and hash, lifetime, interface, legal range per axis, measured parity.
+
+    `parity` is of an fp32 graph against PyTorch, or of a graph in another precision against the
+    fp32 one. `floats_per_pixel`: what a resampler's graph holds per pixel (or cell) at its peak,
+    as a number of float32; 0 where that was not measured.
     """
 
     file: str
-    sha256: str
-    precision: str
+    sha256: Digest
+    precision: Name
+    lifetime: Lifetime
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    ranges: dict[str, tuple[int, int]]
-    parity: list[dict[str, Any]] = field(default_factory=list)
+    ranges: dict[AxisName, Range]
+    floats_per_pixel: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
+    parity: list[Parity] = []
+
+    def __post_init__(self) -> None:
+        check_file(self.file)
+
+    def takes(self, name: str) -> bool:
+        """Whether an input has this name."""
+        return any(tensor.name == name for tensor in self.inputs)
+
+    def output(self, name: str) -> TensorSpec | None:
+        """The output of this name, if there is one."""
+        return next((tensor for tensor in self.outputs if tensor.name == name), None)
 
     def check_inputs(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         """The sizes of the named axes; raises UsageError where an input is missing or unfit."""
@@ -68,23 +116,30 @@ class GraphSpec:
                     f"expected {spec.dtype} {spec.axes}"
                 )
             for axis, side in zip(spec.axes, array.shape, strict=True):
-                expected = sizes.setdefault(axis, side) if isinstance(axis, str) else axis
+                if isinstance(axis, str) and "/" not in axis:
+                    sizes.setdefault(axis, side)
+        for spec in self.inputs:
+            for axis, side in zip(spec.axes, inputs[spec.name].shape, strict=True):
+                expected = side_of(axis, sizes) if isinstance(axis, str) else axis
                 if side != expected:
                     raise UsageError(
-                        f"{self.file}: {spec.name} is {array.shape}; expected {spec.axes} "
-                        f"with {axis} = {expected}"
+                        f"{self.file}: {spec.name} is {inputs[spec.name].shape}; expected "
+                        f"{spec.axes} with {axis} = {expected}"
                     )
-        for axis, (low, high) in self.ranges.items():
-            if axis in sizes and not low <= sizes[axis] <= high:
-                raise UsageError(
-                    f"{self.file}: {axis} {sizes[axis]} is outside its range {low}..{high}; "
-                    f"the nearest legal value is {min(max(sizes[axis], low), high)}"
-                )
+        self.check_ranges(sizes)
         return sizes
 
+    def check_ranges(self, sizes: Mapping[str, int]) -> None:
+        """Raise UsageError where an axis of `sizes` is outside its range."""
+        for axis, legal in self.ranges.items():
+            if axis in sizes and sizes[axis] not in legal:
+                raise UsageError(
+                    f"{self.file}: {axis} {sizes[axis]} is outside its range {legal}; the "
+                    f"nearest legal value is {legal.nearest(sizes[axis])}"
+                )
 
-@dataclass(frozen=True)
-class PlanSpec:
+
+class PlanSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A TensorRT plan of one graph: where it came from and what it runs on.
 
     `source_sha256` is of the ONNX graph it was built from; `flavour` is `tensorrt` or
@@ -93,17 +148,20 @@ class PlanSpec:
     """
 
     file: str
-    sha256: str
-    graph: str
-    precision: str
-    source_sha256: str
-    flavour: str
-    version: str
-    targets: tuple[str, ...]
-    platform: str
-    profiles: tuple[dict[str, tuple[int, int, int]], ...]
-    build_seconds: float
-    bytes: int
+    sha256: Digest
+    graph: Name
+    precision: Name
+    source_sha256: Digest
+    flavour: Name
+    version: Text
+    targets: tuple[Name, ...]
+    platform: Text
+    profiles: tuple[Profile, ...]
+    build_seconds: Annotated[float, Meta(ge=0)]
+    bytes: Annotated[int, Meta(ge=0, le=1 << 40)]
+
+    def __post_init__(self) -> None:
+        check_file(self.file)
 
     def rebuild(self, folder: Path, target: str = "current") -> str:
         """What to do where this plan does not fit: the command that builds it anew."""
@@ -114,25 +172,45 @@ class PlanSpec:
         )
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A bundle's manifest, checked on reading; `folder` and `sha256` are of its own file.
+class Source(Struct, frozen=True, forbid_unknown_fields=True):
+    """The checkpoint that a bundle was made from: its file's hash, and how it was made."""
+
+    sha256: Digest
+    provenance: dict[str, Any]
+
+
+class Trajectory(Struct, frozen=True, forbid_unknown_fields=True):
+    """How far a whole trajectory through the graphs is from PyTorch's: `relative_error` by name."""
+
+    steps: Count
+    height: Count
+    width: Count
+    errors: dict[Name, float]
+
+
+class Content(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a manifest's file holds.
 
     `graphs` are fp32; `variants` holds, per precision, the graphs that have a form of their own in
     it; `for_cpu` the fp32 graphs that have another form for processors (`export/chunk.py`);
     `plans` are TensorRT plans by file name.
     """
 
-    model: ModelConfig
-    labels: tuple[str, ...]
-    checkpoint: dict[str, Any]
-    versions: dict[str, str]
-    schedule: dict[str, Any]
-    trajectory: dict[str, Any]
-    graphs: dict[str, GraphSpec]
-    variants: dict[str, dict[str, GraphSpec]] = field(default_factory=dict)
-    for_cpu: dict[str, GraphSpec] = field(default_factory=dict)
-    plans: dict[str, PlanSpec] = field(default_factory=dict)
+    interface: Interface
+    schedule: Schedule
+    checkpoint: Source | None
+    versions: dict[Name, Text]
+    trajectory: Trajectory | None
+    graphs: dict[Name, GraphSpec]
+    variants: dict[Name, dict[Name, GraphSpec]] = {}
+    for_cpu: dict[Name, GraphSpec] = {}
+    plans: dict[str, PlanSpec] = {}
+    format: int = FORMAT
+
+
+class Manifest(Content, frozen=True):
+    """A bundle's manifest, checked on reading; `folder` and `sha256` are of its own file."""
+
     folder: Path = Path()
     sha256: str = ""
 
@@ -149,6 +227,21 @@ class Manifest:
                 f"{REBUILD}"
             )
         return self.variants.get(precision, {}).get(name, self.graphs[name])
+
+    def of_lifetime(self, *lifetimes: Lifetime) -> list[str]:
+        """The graphs with one of these lifetimes, by lifetime and then as the manifest has them."""
+        return [n for one in lifetimes for n, spec in self.graphs.items() if spec.lifetime == one]
+
+    @property
+    def step_graph(self) -> str:
+        """The graph that runs once per step; raises ArtefactError where there is not one."""
+        found = self.of_lifetime("step")
+        if len(found) != 1:
+            raise ArtefactError(
+                f"{self.folder / FILE_NAME}: graphs that live as long as a step are {found}; "
+                f"expected one. {REBUILD}"
+            )
+        return found[0]
 
     def forms(self) -> list[tuple[str, GraphSpec]]:
         """Every ONNX graph of the bundle, in every form, with its name."""
@@ -185,10 +278,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`: the bundle's commit mark."""
-        data = asdict(self)
-        del data["folder"], data["sha256"]
+        content = {name: getattr(self, name) for name in Content.__struct_fields__}
+        data = msgspec.json.format(msgspec.json.encode(content), indent=1)
         with atomic_write(folder / FILE_NAME) as file:
-            file.write(json.dumps({"format": FORMAT, **data}, indent=1).encode() + b"\n")
+            file.write(data + b"\n")
 
 
 def relative_error(found: Array, wanted: Array) -> float:
@@ -222,74 +315,29 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
     `expect_sha256` pins the manifest, and through its hashes every file, to a trusted one.
     """
     path = folder / FILE_NAME
-    data = read_bytes(path, "a bundle's manifest", REBUILD)
+    with open_file(path, "a bundle's manifest", REBUILD) as file:
+        data = file.read(LARGEST_MANIFEST + 1)
+    if len(data) > LARGEST_MANIFEST:
+        raise ArtefactError(
+            f"{path}: is larger than {LARGEST_MANIFEST} bytes; expected a manifest. {REBUILD}"
+        )
     found = sha256(data)
     if expect_sha256 is not None and found != expect_sha256.lower():
         raise ArtefactError(f"{path}: SHA-256 {found}; expected {expect_sha256}. Do not use it")
     try:
-        content = json.loads(data)
-        if content["format"] != FORMAT:
+        made_for = msgspec.json.decode(data, type=_Head).format
+        if made_for != FORMAT:
             raise ArtefactError(
-                f"{path}: format {content['format']}; this version reads {FORMAT}. {REBUILD}"
+                f"{path}: format {made_for}; this version reads {FORMAT}. Make the bundle again "
+                f"with: python -m export --checkpoint CHECKPOINT.safetensors --out {folder}"
             )
-        model = ModelConfig.from_json(content["model"], str(path))
-        graphs = {name: _graph(spec) for name, spec in content["graphs"].items()}
-        manifest = Manifest(
-            model,
-            tuple(str(label) for label in content["labels"]),
-            dict(content["checkpoint"]),
-            dict(content["versions"]),
-            dict(content["schedule"]),
-            dict(content["trajectory"]),
-            graphs,
-            {
-                precision: {name: _graph(spec) for name, spec in own.items()}
-                for precision, own in content["variants"].items()
-            },
-            {name: _graph(spec) for name, spec in content["for_cpu"].items()},
-            {file: _plan(spec) for file, spec in content["plans"].items()},
-            folder,
-            found,
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ArtefactError):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        raise ArtefactError(f"{path}: not a manifest ({reason}). {REBUILD}") from None
-    files = [spec.file for _, spec in manifest.forms()]
-    for file in (*files, *(plan.file for plan in manifest.plans.values())):
-        if Path(file).name != file:
-            raise ArtefactError(f"{path}: a file lies at {file!r}, outside the bundle")
-    return manifest
+        content = msgspec.json.decode(data, type=Content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtefactError(f"{path}: not a manifest ({error}). {REBUILD}") from None
+    return Manifest(**msgspec.structs.asdict(content), folder=folder, sha256=found)
 
 
-def _graph(data: dict[str, Any]) -> GraphSpec:
-    def tensors(key: str) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["axes"])) for t in data[key])
+class _Head(Struct):
+    """What every format of the manifest has begun with."""
 
-    ranges = {axis: (int(low), int(high)) for axis, (low, high) in data["ranges"].items()}
-    return GraphSpec(
-        str(data["file"]),
-        str(data["sha256"]),
-        str(data["precision"]),
-        tensors("inputs"),
-        tensors("outputs"),
-        ranges,
-        list(data["parity"]),
-    )
-
-
-def _plan(data: dict[str, Any]) -> PlanSpec:
-    texts = ("file", "sha256", "graph", "precision", "source_sha256", "flavour", "version")
-    profiles = tuple(
-        {axis: (int(low), int(best), int(high)) for axis, (low, best, high) in profile.items()}
-        for profile in data["profiles"]
-    )
-    return PlanSpec(
-        **{key: str(data[key]) for key in texts},
-        targets=tuple(str(target) for target in data["targets"]),
-        platform=str(data["platform"]),
-        profiles=profiles,
-        build_seconds=float(data["build_seconds"]),
-        bytes=int(data["bytes"]),
-    )
+    format: int

@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from runtime.bundle.interface import Count
 from runtime.errors import UsageError
 
-Profile = dict[str, tuple[int, int, int]]
+Profile = dict[str, tuple[Count, Count, Count]]
 
 
 @dataclass(frozen=True)

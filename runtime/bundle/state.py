@@ -1,7 +1,9 @@
-"""What a decode needs of a latent, computed once: any size and crop is drawn from it."""
+"""What a decode needs of latents, computed once: any size and crop is drawn from it."""
 
 import json
+import re
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,38 +12,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write, open_file
+from runtime.bundle.manifest import Axis
 from runtime.errors import ArtefactError
 
-KEYS = ("bundle", "k", "kv", "metadata")
+OWN_KEYS = ("bundle", "metadata")
+MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}\.npy")
+MOST_MEMBERS = 64
 LARGEST_STATE = 1 << 32  # bytes of a state's file, unpacked
 REMEDY = "Make it again with: python -m runtime.generate --state"
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """The sums over a latent's tokens, of B images, float32: kv `[B, L, d, d]` and k `[B, L, d]`.
+    """Of B images, what is drawn from: float32 arrays `[B, ...]` by the names of their tensors.
 
-    `bundle` is the SHA-256 of the bundle's fp32 `r2ir_render`, the graph that reads the sums;
-    `metadata` is what made the latents.
+    With a resampler these are its sums over each latent's tokens, else the pixels themselves.
+    `bundle` is the SHA-256 of the fp32 graph that the arrays belong to; `metadata` is what made
+    the latents.
     """
 
-    kv: NDArray[np.float32]
-    k: NDArray[np.float32]
+    arrays: Mapping[str, NDArray[np.float32]]
     bundle: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.k)
+        return len(next(iter(self.arrays.values())))
 
-    def sums(self, index: int) -> dict[str, NDArray[np.float32]]:
-        """One image's sums as the graphs take them."""
-        return {"kv": self.kv[index : index + 1], "k": self.k[index : index + 1]}
+    def one(self, index: int) -> dict[str, NDArray[np.float32]]:
+        """One image's arrays `[1, ...]`, as the graphs take them."""
+        return {name: array[index : index + 1] for name, array in self.arrays.items()}
 
     def save(self, path: Path) -> None:
         """Write an .npz file, whole or not at all; raises ResourceError."""
-        text = np.array(json.dumps(self.metadata))
+        own = {"bundle": np.array(self.bundle), "metadata": np.array(json.dumps(self.metadata))}
         with atomic_write(path) as file:
-            np.savez(file, kv=self.kv, k=self.k, bundle=np.array(self.bundle), metadata=text)
+            np.savez(file, allow_pickle=False, **self.arrays, **own)
 
     @classmethod
     def load(cls, path: Path) -> "DecodeState":
@@ -50,41 +55,54 @@ class DecodeState:
             with open_file(path, "a decode state", REMEDY) as file:
                 check_archive(path, zipfile.ZipFile(file))
                 with np.load(file, allow_pickle=False) as found:
-                    kv, k, bundle, text = (found[key] for key in ("kv", "k", "bundle", "metadata"))
+                    arrays = {name: found[name] for name in found.files}
+            bundle, text = (arrays.pop(key) for key in OWN_KEYS)
             metadata = json.loads(str(text))
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, ArtefactError):
                 raise
             raise ArtefactError(f"{path}: no decode state ({error}). {REMEDY}") from None
         whole = isinstance(metadata, dict) and bundle.ndim == 0 and bundle.dtype.kind == "U"
-        shapes = kv.shape[:3] == k.shape and kv.shape[2:3] == kv.shape[3:] and k.ndim == 3
-        if not whole or not shapes or kv.dtype != np.float32 or k.dtype != np.float32:
+        counts = {array.shape[:1] for array in arrays.values()}
+        if not whole or len(counts) != 1 or any(a.dtype != np.float32 for a in arrays.values()):
+            listed = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
             raise ArtefactError(
-                f"{path}: kv is {kv.dtype} {kv.shape}, k is {k.dtype} {k.shape}; expected float32 "
-                f"[B, L, d, d] and [B, L, d]. {REMEDY}"
+                f"{path}: holds {listed or 'no array'}; expected float32 arrays of as many images "
+                f"and what made them. {REMEDY}"
             )
-        return cls(kv, k, str(bundle), metadata)
+        return cls(arrays, str(bundle), metadata)
 
-    def check(self, bundle: str, blocks: int, width: int, source: str) -> None:
-        """Raise ArtefactError naming `source` for a state of another bundle, or one not whole."""
+    def check(self, bundle: str, axes: Mapping[str, Sequence[Axis]], source: str) -> None:
+        """Raise ArtefactError naming `source` for a state of another bundle, or one not whole.
+
+        `axes`: those of each array, of which named ones may have any size.
+        """
         if self.bundle != bundle:
             raise ArtefactError(
-                f"{source}: made by a bundle with r2ir_render {self.bundle}; this one has "
-                f"{bundle}. Pass its bundle: --engine"
+                f"{source}: made by a bundle with a graph {self.bundle}; this one has {bundle}. "
+                "Pass its bundle: --engine"
             )
-        finite = np.isfinite(self.k).all() and np.isfinite(self.kv).all()
-        if self.k.shape[1:] != (blocks, width) or not len(self) or not finite:
-            raise ArtefactError(
-                f"{source}: k is {self.k.shape}; expected finite sums [B, {blocks}, {width}]. "
-                f"{REMEDY}"
+        for name, wanted in axes.items():
+            array = self.arrays.get(name, np.zeros((), np.float32))
+            fits = array.ndim == len(wanted) and all(
+                isinstance(axis, str) or axis == side
+                for axis, side in zip(wanted, array.shape, strict=True)
             )
+            if not fits or not len(array) or not np.isfinite(array).all():
+                shown = ", ".join(map(str, wanted))
+                raise ArtefactError(
+                    f"{source}: {name} is {array.shape}; expected finite numbers [{shown}]. "
+                    f"{REMEDY}"
+                )
 
 
 def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
     """Raise ArtefactError for members other than a state's, or larger than any state."""
-    members = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-    if sorted(members) != sorted(KEYS) or sum(members.values()) > LARGEST_STATE:
+    members = {info.filename: info.file_size for info in archive.infolist()}
+    named = all(map(MEMBER.fullmatch, members)) and len(members) <= MOST_MEMBERS
+    whole = named and {f"{key}.npy" for key in OWN_KEYS} < members.keys()
+    if not whole or sum(members.values()) > LARGEST_STATE:
         raise ArtefactError(
-            f"{path}: holds {members}; expected {list(KEYS)} of {LARGEST_STATE} bytes at most. "
-            f"{REMEDY}"
+            f"{path}: holds {dict([*members.items()][:MOST_MEMBERS])}; expected arrays, "
+            f"{' and '.join(OWN_KEYS)} of {LARGEST_STATE} bytes at most. {REMEDY}"
         )

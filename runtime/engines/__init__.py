@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import msgspec
+
+from runtime.bundle.interface import Range
 from runtime.bundle.manifest import TO_PLAN, Array, Manifest
 from runtime.errors import ArtefactError, IncompatibleError
 from runtime.providers import check_options, profile_options, span
@@ -92,7 +95,7 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     if plan is not None:
         from runtime.engines.tensorrt import TensorRTEngine
 
-        return TensorRTEngine(graph, spec, plan, manifest.folder, manifest.file_bytes(plan))
+        return TensorRTEngine(spec, plan, manifest.folder, manifest.file_bytes(plan))
     if options.plans and not options.allow_fallback:
         raise ArtefactError(
             f"{manifest.folder}: has no plan of {graph} in {spec.precision}; found "
@@ -103,7 +106,7 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
         from runtime.engines.openvino import OpenVinoEngine
 
         try:
-            return OpenVinoEngine(graph, spec, manifest.file_bytes(spec), options)
+            return OpenVinoEngine(spec, manifest.file_bytes(spec), options)
         except IncompatibleError:
             if not options.allow_fallback:
                 raise
@@ -117,8 +120,8 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     profiles = plan.profiles if plan else ()
     ranges = profile_options(options.provider, spec, profiles)
     if ranges:  # the provider builds for the plans' sizes and can run no other
-        legal = {axis: (low, high) for axis, (low, _, high) in span(profiles).items()}
-        spec = replace(spec, ranges=spec.ranges | legal)
+        legal = {axis: Range(low, high) for axis, (low, _, high) in span(profiles).items()}
+        spec = msgspec.structs.replace(spec, ranges=spec.ranges | legal)
         own = ranges | dict(options.provider_options)
         options = replace(options, provider_options=own)
     return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options)

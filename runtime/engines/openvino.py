@@ -19,13 +19,11 @@ from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 
 DEVICE = "CPU"
-# The step alone runs in bf16: all others run once per image, position and size, and those of R2IR
-# hold the Fourier features of coordinates, which have no meaning in bf16.
-IN_BF16 = ("r2id",)
-# The step runs many times at one size: compiled for that one, OpenVINO joins its passes over
-# tokens. It takes as long as compiling for every size does, and as much memory for each, so only
-# the first few sizes of a process get a form of their own and all others share one.
-PER_SIZE = ("r2id",)
+# The step alone runs in bf16: all others run once per image, position and size, and those that
+# make pixels hold the Fourier features of coordinates, which have no meaning in bf16. The step also
+# runs many times at one size: compiled for that one, OpenVINO joins its passes over tokens. It
+# takes as long as compiling for every size does, and as much memory for each, so only the first few
+# sizes of a process get a form of their own and all others share one.
 OWN_FORMS = 4
 MARK = 0x7FC0DEAD
 Shape = tuple[int, ...]
@@ -67,11 +65,11 @@ class OpenVinoEngine:
 
     provider = "openvino"
 
-    def __init__(self, name: str, spec: GraphSpec, model: bytes, options: EngineOptions):
+    def __init__(self, spec: GraphSpec, model: bytes, options: EngineOptions):
         check_self_contained(model, spec.file)
         self.spec = spec
-        self.per_size = name in PER_SIZE
-        self.properties = properties(name, options)
+        self.per_size = spec.lifetime == "step"
+        self.properties = properties(spec, options)
         try:
             self.graph = load_core().read_model(model)
             spell_out_broadcasts(self.graph)
@@ -166,13 +164,13 @@ def marked(array: Array) -> bool:
     return bool((array.reshape(-1)[:1].view(np.uint32) == MARK).any())
 
 
-def properties(name: str, options: EngineOptions) -> dict[str, Any]:
+def properties(spec: GraphSpec, options: EngineOptions) -> dict[str, Any]:
     """OpenVINO's properties for a graph: one request at a time is fast; the user's own on top.
 
     The precision is always said: left alone, OpenVINO takes bf16 where the CPU has it. Raises
     IncompatibleError for bf16 where it has not.
     """
-    half = options.precision == "bf16" and name in IN_BF16
+    half = options.precision == "bf16" and spec.lifetime == "step"
     able = load_core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     if half and "BF16" not in able:
         raise IncompatibleError(

@@ -12,11 +12,12 @@ import platform
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from runtime.bundle.files import atomic_write, exclusive
 from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
@@ -24,7 +25,6 @@ from runtime.bundle.profiles import choose
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
 
-STEP_GRAPH = "r2id"
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory allocation", "bad_alloc")
 
 
@@ -89,13 +89,13 @@ def message_log(library: Any) -> Any:
     return Log()
 
 
-def plan_interface(name: str, spec: GraphSpec) -> GraphSpec:
+def plan_interface(spec: GraphSpec) -> GraphSpec:
     """What the plan of a graph takes and gives: the step graph's plan has the DDIM update fused in.
 
     next = keep · latent + Σ weights[k] · eps[k] + noise, so that the latent never leaves the
     device, and size = mean |next|, which is not finite where any of it is not.
     """
-    if name != STEP_GRAPH:
+    if spec.lifetime != "step":
         return spec
     latent = next(tensor for tensor in spec.inputs if tensor.name == "latent")
     extra = (
@@ -238,12 +238,12 @@ class Context:
 class TensorRTEngine:
     """One plan; every thread has execution contexts of its own, one per profile it has used."""
 
-    def __init__(self, name: str, graph: GraphSpec, plan: PlanSpec, folder: Path, data: bytes):
+    def __init__(self, graph: GraphSpec, plan: PlanSpec, folder: Path, data: bytes):
         """Open a plan of matching hash; raises ArtefactError or IncompatibleError."""
         check_plan(plan, graph, folder)
         library = load_library(plan.flavour)
         self.graph, self.plan, self.folder = graph, plan, folder
-        self.spec = plan_interface(name, graph)
+        self.spec = plan_interface(graph)
         self.provider = plan.flavour
         self.device = Device(load_cuda())
         self.log = message_log(library)

@@ -1,5 +1,6 @@
 """Images: [-1, 1] arrays ↔ PNG files with metadata, and contact sheets."""
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -58,6 +59,16 @@ def sheet_size(count: int, columns: int, size: tuple[int, int]) -> tuple[int, in
 def save_png(path: Path, image: Rows, metadata: dict[str, Any]) -> None:
     """Write `[h, w, c]` (1 or 3 channels) with `metadata` as JSON text; whole or not at all."""
     save_rows(path, [image], image.shape, metadata)
+
+
+def png_bytes(image: Rows) -> bytes:
+    """`[h, w, c]` (1 or 3 channels) as a PNG without metadata."""
+    file = io.BytesIO()
+    height, width, channels = image.shape
+    png = PngWriter(file, height, width, channels, {})
+    png.write(image)
+    png.close()
+    return file.getvalue()
 
 
 def save_rows(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.interface import Size
 from runtime.errors import UsageError
-from runtime.pipeline.tiles import Size
 from runtime.sampling.noise import COHERENT, KINDS, LARGEST_SEED
 
 # One image's condition: a label's number, several with weights, or None for no condition.

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from runtime.pipeline.pipeline import open_bundle
 
 from calibration import half
 from calibration.samples import HEAVY, Arrays, Samples
@@ -17,7 +18,6 @@ from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
-from runtime.pipeline.pipeline import open_bundle
 from tests.conftest import Command
 
 HALF_TYPES = set(half.HALVES.values())
@@ -195,7 +195,9 @@ def test_fp16_where_the_naive_form_overflows(manifest: Manifest) -> None:
         fails.append(not np.isfinite(run(naive, spec, inputs)["eps"]).all())
     assert fails == [False, True]
     inputs["latent"] = inputs["latent"] * 16
-    half.check(run(ours, spec, inputs), samples.pipeline.engine("r2id").run(inputs), "fp16", "16x")
+    half.check(
+        run(ours, spec, inputs), samples.pipeline.engines.open("r2id").run(inputs), "fp16", "16x"
+    )
 
 
 def test_summaries_are_not_limited_by_fp16(manifest: Manifest) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
+from runtime.pipeline.pipeline import open_bundle
 
 from calibration import __main__ as calibrate
 from calibration import choices
@@ -23,7 +24,6 @@ from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
-from runtime.pipeline.pipeline import open_bundle
 from runtime.sampling.request import Request
 from tests.conftest import Command
 
@@ -366,8 +366,10 @@ def test_on_a_device_it_starts_in_fp32_too(quantized_bundle: Path, eta: float) -
     for device in (False, True):
         pipeline = open_bundle(quantized_bundle, EngineOptions(precision="int8"))
         if device:
-            engines = [OnDevice(pipeline.engine("r2id", p)) for p in ("fp32", "int8")]
-            pipeline._engines["r2id", "fp32"], pipeline._engines["r2id", "int8"] = engines
+            engines = [OnDevice(pipeline.engines.open("r2id", p)) for p in ("fp32", "int8")]
+            pipeline.engines.opened["r2id", "fp32"], pipeline.engines.opened["r2id", "int8"] = (
+                engines
+            )
         drawn.append(pipeline.diffuse(Request([1], (4, 4), steps=4, eta=eta), steps.append))
     assert [engine.runs for engine in engines] == [1, 3] and steps == [*range(4)] * 2
     np.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())

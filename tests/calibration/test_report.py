@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runtime.pipeline.pipeline import open_bundle
 
 from calibration import digits, report
 from calibration.samples import HEAVY
@@ -12,7 +13,6 @@ from runtime.bundle.manifest import read_manifest
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
-from runtime.pipeline.pipeline import open_bundle
 from tests.conftest import Command
 
 

@@ -11,7 +11,7 @@ from calibration import samples
 from calibration.samples import HEAVY, Settings, calibration_set, coverage, fingerprint
 from runtime.bundle.manifest import read_manifest
 from runtime.errors import ArtefactError
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from runtime.sampling.request import Request
 from tests.conftest import Command
 
@@ -51,7 +51,7 @@ def test_a_trajectory_s_samples_are_the_sampler_s_own(own_bundle: Path) -> None:
     found = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
     own = [s for s in found if s.graph == "r2id" and s.size == (4, 4) and s.guidance_scale == 2]
     assert [s.t for s in own] == pytest.approx([2 / 3, 1 / 3, 0])
-    pipeline = Pipeline(manifest)
+    pipeline = Bundle(manifest)
     last = pipeline.diffuse(Request([4, 5], (4, 4), steps=3, seed=5))
     np.testing.assert_array_equal(own[-1].inputs["latent"], last)
 

@@ -128,7 +128,8 @@ def check_trajectories(golden: Golden) -> None:
         eta, steps, guidance = float(match[2]), int(match[3]), float(match[4])
         z = tensors.get(f"{match[1]}.z")
         start = tensors["denoise.x"]
-        denoise = models.denoiser(torch.stack([torch.zeros_like(label), label]), steps)
+        nodes = schedule.sampling_alpha_bar(steps)
+        denoise = models.denoiser(torch.stack([torch.zeros_like(label), label]), nodes)
         noise = None if z is None else (lambda step, z=z: z[step])
         result = ddim.sample(denoise, start, steps, (1 - guidance, guidance), eta, noise)
         golden.close(result.x, f"{match[1]}.x", TRAJECTORY_TOLERANCE)

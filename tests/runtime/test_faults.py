@@ -22,7 +22,7 @@ from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import ArtefactError
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from tests.conftest import ROOT, Command
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc as on Linux")
@@ -283,7 +283,7 @@ def growth(draw: Callable[[int], object], rounds: int) -> int:
 
 @LINUX
 def test_memory_is_flat_over_mixed_sizes_and_a_leak_would_show(tiny_bundle: Path) -> None:
-    pipeline: Pipeline = open_bundle(tiny_bundle, EngineOptions(threads=1))
+    pipeline: Bundle = open_bundle(tiny_bundle, EngineOptions(threads=1))
     sizes = [(1, 1), (3, 8), (16, 16), (9, 2), (24, 12)]
     kept: list[np.ndarray] = []
 

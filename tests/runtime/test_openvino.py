@@ -19,7 +19,7 @@ from runtime.engines import EngineOptions, open_engine
 from runtime.engines.openvino import IN_BF16, OWN_FORMS, OpenVinoEngine, load_core
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.images.pixels import read_metadata
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from tests.conftest import ROOT, Command
 from tests.runtime.test_faults import LINUX, field, model, spec_of, tensor
 
@@ -42,7 +42,7 @@ def manifest(tiny_bundle: Path) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_bundle: Path) -> Pipeline:
+def pipeline(tiny_bundle: Path) -> Bundle:
     return open_bundle(tiny_bundle, options())
 
 
@@ -84,7 +84,7 @@ def test_sums_over_the_step_s_tokens_are_reductions(manifest: Manifest) -> None:
 
 
 @NEEDED
-def test_pictures_are_those_of_onnx_runtime(pipeline: Pipeline, tiny_bundle: Path) -> None:
+def test_pictures_are_those_of_onnx_runtime(pipeline: Bundle, tiny_bundle: Path) -> None:
     wanted = open_bundle(tiny_bundle).generate([1, None], latent=(5, 7), steps=5, eta=0.5)
     found = pipeline.generate([1, None], latent=(5, 7), steps=5, eta=0.5)
     assert pipeline.provider == "openvino"
@@ -101,7 +101,7 @@ def test_only_the_step_runs_in_bf16_and_needs_no_graph_of_its_own(manifest: Mani
             open_engine(manifest, "r2id", options(precision="bf16"))
         return
     assert "bf16" not in manifest.variants
-    half = Pipeline(manifest, options(precision="bf16"))
+    half = Bundle(manifest, options(precision="bf16"))
     for graph in manifest.graphs:
         engine = half.engine(graph)
         assert isinstance(engine, OpenVinoEngine)
@@ -109,13 +109,13 @@ def test_only_the_step_runs_in_bf16_and_needs_no_graph_of_its_own(manifest: Mani
         assert engine.properties["INFERENCE_PRECISION_HINT"] == wanted, graph
     feed = inputs(manifest, "r2id", SIZES[1])
     eps = open_engine(manifest, "r2id", EngineOptions()).run(feed)["eps"]
-    assert 1e-4 < relative_error(half.engine("r2id").run(feed)["eps"], eps) < 0.05
+    assert 1e-4 < relative_error(half.engines.open("r2id").run(feed)["eps"], eps) < 0.05
     with pytest.raises(UsageError, match="no graphs in fp16"):
-        Pipeline(manifest, options(precision="fp16"))
+        Bundle(manifest, options(precision="fp16"))
 
 
 @NEEDED
-def test_eight_threads_draw_what_one_draws(pipeline: Pipeline) -> None:
+def test_eight_threads_draw_what_one_draws(pipeline: Bundle) -> None:
     def draw(index: int) -> bytes:
         made = pipeline.generate([index], latent=(4, 3 + index), steps=3, first_index=index)
         return made.images.tobytes()
@@ -126,8 +126,8 @@ def test_eight_threads_draw_what_one_draws(pipeline: Pipeline) -> None:
 
 
 @NEEDED
-def test_results_are_the_callers_own(pipeline: Pipeline) -> None:
-    engine = pipeline.engine("r2id_film")
+def test_results_are_the_callers_own(pipeline: Bundle) -> None:
+    engine = pipeline.engines.open("r2id_film")
     first = engine.run({"alpha_bar": np.array([0.2], np.float32)})["film"]
     kept = first.copy()
     engine.run({"alpha_bar": np.array([0.9], np.float32)})
@@ -172,7 +172,7 @@ def test_graphs_that_are_damaged_or_none_are_refused(own_bundle: Path) -> None:
     content = json.loads((own_bundle / "manifest.json").read_text())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtefactError, match=r"SHA-256 .* the manifest expects"):
-        open_bundle(own_bundle, options()).engine("r2id")
+        open_bundle(own_bundle, options()).engines.open("r2id")
     nonsense = model(field(5, tensor(None))).replace(b"Add", b"Odd")
     outside = model(field(5, tensor("../secret")))
     for data, words in ((nonsense, "refuses it .*make export"), (outside, "outside the file")):
@@ -180,14 +180,14 @@ def test_graphs_that_are_damaged_or_none_are_refused(own_bundle: Path) -> None:
         content["graphs"]["r2id"]["sha256"] = sha256(data)
         (own_bundle / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(ArtefactError, match=words) as caught:
-            open_bundle(own_bundle, options()).engine("r2id")
+            open_bundle(own_bundle, options()).engines.open("r2id")
         assert "\n" not in str(caught.value)
 
 
 @NEEDED
-def test_a_wrong_input_is_named_before_any_native_call(pipeline: Pipeline) -> None:
+def test_a_wrong_input_is_named_before_any_native_call(pipeline: Bundle) -> None:
     with pytest.raises(UsageError, match="alpha_bar is missing"):
-        pipeline.engine("r2id_film").run({})
+        pipeline.engines.open("r2id_film").run({})
 
 
 @NEEDED
@@ -221,7 +221,7 @@ limit_memory(300 << 20)
 # The second gives outputs of the size of the run before it, whatever the size of its inputs.
 for graph, large in ("r2id_position", {}), ("r2ir_image_summary", {"pixels": pixels}):
     try:
-        pipeline.engine(graph).run({"coordinates": coordinates, **large})
+        pipeline.engines.open(graph).run({"coordinates": coordinates, **large})
         sys.exit(f"{graph} was met")
     except ResourceError as error:
         print(error)

@@ -13,7 +13,7 @@ from runtime.bundle.files import sha256
 from runtime.bundle.manifest import Array, Manifest, read_manifest
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from runtime.sampling import ddim, schedule
 from runtime.sampling.noise import NoiseStreams, spread
 from runtime.sampling.request import Label, Request
@@ -23,11 +23,11 @@ SINGLE = EngineOptions(threads=1)
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_bundle: Path) -> Pipeline:
+def pipeline(tiny_bundle: Path) -> Bundle:
     return open_bundle(tiny_bundle / "r2id.onnx", SINGLE)
 
 
-def test_sizes_and_ranges_of_what_is_generated(pipeline: Pipeline) -> None:
+def test_sizes_and_ranges_of_what_is_generated(pipeline: Bundle) -> None:
     made = pipeline.generate([1, None], latent=(3, 5), image=(7, 40), steps=2)
     assert made.images.shape == (2, 1, 7, 40) and made.images.dtype == np.float32
     assert made.latents.shape == (2, 4, 3, 5)
@@ -37,7 +37,7 @@ def test_sizes_and_ranges_of_what_is_generated(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 3)])
-def test_an_image_does_not_depend_on_its_batch(pipeline: Pipeline, size: tuple[int, int]) -> None:
+def test_an_image_does_not_depend_on_its_batch(pipeline: Bundle, size: tuple[int, int]) -> None:
     labels: list[Label] = [3, None, {1: 0.5, 2: 0.5}, 9, 0]
     together = pipeline.generate(labels, latent=size, steps=3, seed=5, eta=1.0)
     for index, label in enumerate(labels):
@@ -46,7 +46,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline: Pipeline, size: tuple[i
 
 
 @pytest.mark.parametrize("kind", ["coherent", "independent"])
-def test_steps_go_on_at_a_larger_latent(pipeline: Pipeline, kind: str) -> None:
+def test_steps_go_on_at_a_larger_latent(pipeline: Bundle, kind: str) -> None:
     labels: list[Label] = [3, None, 7]
     options: dict[str, Any] = {"steps": 6, "seed": 5, "eta": 1.0, "noise": kind, "latent": (4, 6)}
     seen: list[int] = []
@@ -63,7 +63,7 @@ def test_steps_go_on_at_a_larger_latent(pipeline: Pipeline, kind: str) -> None:
 
 
 def test_every_step_has_a_draw_of_its_own(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers: list[int] = []
     draw = NoiseStreams.draw
@@ -77,15 +77,15 @@ def test_every_step_has_a_draw_of_its_own(
     assert numbers == [0, 1, 2, 0, 3, 4]
 
 
-def test_an_enlarged_sample_has_its_noise_and_its_picture(pipeline: Pipeline) -> None:
+def test_an_enlarged_sample_has_its_noise_and_its_picture(pipeline: Bundle) -> None:
     """x0 as R2IR enlarges it, noise of the variance that the step has."""
     count, steps, step = 64, 10, 6
     a = float(schedule.sampling_alpha_bar(steps)[step])
     request = Request([None] * count, (6, 6), seed=1)
-    small, large = (pipeline.noise(request, side).draw() for side in ((6, 6), (9, 9)))
+    small, large = (pipeline.diffuser.noise(request, side).draw() for side in ((6, 6), (9, 9)))
     x0 = pipeline.encode(np.zeros((count, 1, 24, 24), np.float32), (6, 6))
     part = ddim.Sample((a**0.5 * x0 + (1 - a) ** 0.5 * small).astype(np.float32), x0)
-    found = pipeline.enlarge(part, step, steps, large)
+    found = pipeline.diffuser.enlarge(part, step, steps, large)
     larger = pipeline.encode(pipeline.decode(x0, (36, 36)), (9, 9))
     noise = (found - a**0.5 * larger) / (1 - a) ** 0.5
     assert abs(noise.var() - 1) < 0.03 and abs(noise.mean()) < 0.03
@@ -93,7 +93,7 @@ def test_an_enlarged_sample_has_its_noise_and_its_picture(pipeline: Pipeline) ->
     np.testing.assert_allclose(rows.T @ noise @ rows, small, atol=1e-3)
 
 
-def test_one_seed_draws_alike_at_every_size(pipeline: Pipeline) -> None:
+def test_one_seed_draws_alike_at_every_size(pipeline: Bundle) -> None:
     """Even random weights see the same low frequencies; of independent noise they do not."""
 
     def latents(kind: str, side: int) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_guidance_one_runs_the_label_alone() -> None:
     assert weights_by_image == [[-1, 2, 0], [-1, 0.5, 1.5]]
 
 
-def test_guidance_is_linear_in_its_branches(pipeline: Pipeline) -> None:
+def test_guidance_is_linear_in_its_branches(pipeline: Bundle) -> None:
     """One step from the same noise: eps at g = 3 is 3 · eps at 1 minus 2 · eps at 0."""
     latents = {
         g: pipeline.generate([4], latent=(4, 6), steps=1, guidance_scale=g).latents
@@ -128,7 +128,7 @@ def test_guidance_is_linear_in_its_branches(pipeline: Pipeline) -> None:
     np.testing.assert_allclose(latents[3], 3 * latents[1] - 2 * latents[0], rtol=1e-3, atol=1e-2)
 
 
-def test_encode_and_decode_take_any_size(pipeline: Pipeline) -> None:
+def test_encode_and_decode_take_any_size(pipeline: Bundle) -> None:
     pixels = np.linspace(-1, 1, 2 * 9 * 14, dtype=np.float32).reshape(2, 1, 9, 14)
     latent = pipeline.encode(pixels, (1, 3))
     assert latent.shape == (2, 4, 1, 3) and np.abs(latent).max() <= 1
@@ -136,7 +136,7 @@ def test_encode_and_decode_take_any_size(pipeline: Pipeline) -> None:
     assert pipeline.resample(pixels, (18, 28)).shape == (2, 1, 18, 28)
 
 
-def test_eight_threads_draw_what_one_draws(pipeline: Pipeline) -> None:
+def test_eight_threads_draw_what_one_draws(pipeline: Bundle) -> None:
     def draw(index: int) -> bytes:
         return pipeline.generate([index], steps=3, first_index=index).images.tobytes()
 
@@ -172,11 +172,11 @@ def test_bad_requests_are_refused_before_any_engine(
     fresh = open_bundle(tiny_bundle)
     with pytest.raises(UsageError, match=words):
         fresh.generate(**{"labels": [1], **options})  # type: ignore[arg-type]
-    assert not fresh._engines
+    assert not fresh.engines.opened
 
 
-def test_a_wrong_input_is_named(pipeline: Pipeline) -> None:
-    engine = pipeline.engine("r2ir_latent_summary")
+def test_a_wrong_input_is_named(pipeline: Bundle) -> None:
+    engine = pipeline.engines.open("r2ir_latent_summary")
     latent = np.zeros((1, 4, 2, 3), np.float32)
     coordinates = np.zeros((2, 3, 4), np.float32)
     with pytest.raises(UsageError, match="coordinates is missing"):
@@ -205,13 +205,13 @@ def test_altered_missing_and_foreign_graphs_are_refused(own_bundle: Path) -> Non
     for data in (whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:], b""):
         graph.write_bytes(data)
         with pytest.raises(ArtefactError, match=r"SHA-256 .* the manifest expects"):
-            open_bundle(own_bundle).engine("r2id")
+            open_bundle(own_bundle).engines.open("r2id")
     graph.write_bytes((own_bundle / "r2id_film.onnx").read_bytes())
     with pytest.raises(ArtefactError, match="of another bundle"):
-        open_bundle(own_bundle).engine("r2id")
+        open_bundle(own_bundle).engines.open("r2id")
     graph.unlink()
     with pytest.raises(ArtefactError, match=r"no such file.*make export"):
-        open_bundle(own_bundle).engine("r2id")
+        open_bundle(own_bundle).engines.open("r2id")
 
 
 def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None:
@@ -220,7 +220,7 @@ def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None
     graphs["r2id"]["sha256"] = sha256(b"not a graph")
     rewrite(own_bundle, {"for_cpu": graphs})
     with pytest.raises(ArtefactError, match="is no ONNX graph"):
-        open_bundle(own_bundle).engine("r2id")
+        open_bundle(own_bundle).engines.open("r2id")
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ def test_a_provider_that_is_not_there_is_an_error_unless_allowed(
     if PROVIDERS[name].ep_name in engine_module.load_library().get_available_providers():
         pytest.skip(f"{name} is here")
     with pytest.raises(IncompatibleError, match=f"--provider {name}: .*--allow-fallback"):
-        open_bundle(tiny_bundle, EngineOptions(name)).engine("r2id_film")
+        open_bundle(tiny_bundle, EngineOptions(name)).engines.open("r2id_film")
     fallen = open_bundle(tiny_bundle, EngineOptions(name, allow_fallback=True))
-    assert fallen.engine("r2id_film").provider == fallen.provider == "cpu"
+    assert fallen.engines.open("r2id_film").provider == fallen.provider == "cpu"
 
 
 def test_a_provider_that_opens_and_runs_nothing_is_an_error_unless_allowed(
@@ -48,9 +48,9 @@ def test_a_provider_that_opens_and_runs_nothing_is_an_error_unless_allowed(
         pytest.skip("this build has no Azure provider")
     monkeypatch.setitem(PROVIDERS, "idle", Provider("AzureExecutionProvider", "no command"))
     with pytest.raises(IncompatibleError, match="fell back to CPUExecutionProvider"):
-        open_bundle(tiny_bundle, EngineOptions("idle")).engine("r2id")
+        open_bundle(tiny_bundle, EngineOptions("idle")).engines.open("r2id")
     fallen = open_bundle(tiny_bundle, EngineOptions("idle", allow_fallback=True))
-    assert fallen.engine("r2id").provider == "cpu"
+    assert fallen.engines.open("r2id").provider == "cpu"
 
 
 def test_a_plugin_that_cannot_be_loaded_says_why(
@@ -66,7 +66,7 @@ def test_a_plugin_that_cannot_be_loaded_says_why(
     plugin = Provider("NoProvider", "no command", plugin="r2_test_plugin")
     monkeypatch.setitem(PROVIDERS, "plugin", plugin)
     with pytest.raises(IncompatibleError, match=r"r2_test_plugin cannot be loaded.*broken\.so"):
-        open_bundle(tiny_bundle, EngineOptions("plugin")).engine("r2id_film")
+        open_bundle(tiny_bundle, EngineOptions("plugin")).engines.open("r2id_film")
 
 
 def test_options_that_cannot_be_meant_are_refused() -> None:

@@ -25,7 +25,7 @@ from runtime.errors import (
     ResourceError,
     UsageError,
 )
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from runtime.sampling.request import Request
 from tests.conftest import Command, poison_film
 from tests.runtime.simulated import Cuda, Library
@@ -85,7 +85,7 @@ def alter(bundle: Path, name: str, **changes: Any) -> None:
     replace(manifest, plans={**manifest.plans, plan.file: plan}).write(bundle)
 
 
-def opened(bundle: Path) -> Pipeline:
+def opened(bundle: Path) -> Bundle:
     return open_bundle(bundle / "r2id.plan")
 
 
@@ -110,18 +110,18 @@ def test_plans_draw_what_graphs_draw(
     assert relative_error(found.latents, wanted.latents) < 1e-5
     np.testing.assert_allclose(found.images, wanted.images, rtol=1e-4, atol=1e-4)
     assert steps == list(range(6))
-    assert opened(bundle).engine("r2id").provider == "tensorrt_rtx"
+    assert opened(bundle).engines.open("r2id").provider == "tensorrt_rtx"
 
 
 def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     """Up once, back once; between steps only what changes goes up and 4 bytes come back."""
     pipeline = opened(bundle)
-    engine = pipeline.engine("r2id")
+    engine = pipeline.engines.open("r2id")
     assert isinstance(engine, SamplingEngine)
     request = Request([1], (6, 7), steps=5)
     conditions, weights = request.branches(pipeline.model.condition.labels)
     inputs, film = pipeline.step_inputs(conditions, (6, 7), 5)
-    noise = pipeline.noise(request, request.latent)
+    noise = pipeline.diffuser.noise(request, request.latent)
     updates = list(pipeline.updates(film, weights, noise, request, (0, 5)))
     given = {"latent": noise.draw(), **inputs, **updates[0]}
     library.cuda.copies.clear()
@@ -149,7 +149,7 @@ def test_threads_have_contexts_of_their_own(bundle: Path, library: Library) -> N
 
 
 def test_contexts_are_kept_one_per_profile(bundle: Path, library: Library) -> None:
-    engine = opened(bundle).engine("r2id_position")
+    engine = opened(bundle).engines.open("r2id_position")
     for size, expected in ((4, [0]), (3, [0]), (30, [0, 1]), (4, [0, 1])):
         coordinates = np.zeros((size, size, 4), np.float32)
         assert engine.run({"coordinates": coordinates})["position"].shape[:2] == (size, size)
@@ -157,7 +157,7 @@ def test_contexts_are_kept_one_per_profile(bundle: Path, library: Library) -> No
 
 
 def test_memory_grows_and_is_given_back(bundle: Path, library: Library) -> None:
-    engine = opened(bundle).engine("r2id_position")
+    engine = opened(bundle).engines.open("r2id_position")
     for size in (8, 2, 8, 5):
         engine.run({"coordinates": np.zeros((size, size, 4), np.float32)})
     assert len(library.cuda.device) == len(library.cuda.host) == 2
@@ -174,13 +174,13 @@ def test_a_native_call_that_gives_nothing_is_an_error(
     library.failing, library.says = name, "the native reason"
     coordinates = {"coordinates": np.zeros((4, 4, 4), np.float32)}
     with pytest.raises(IncompatibleError) as refused:
-        opened(bundle).engine("r2id_position").run(coordinates)
+        opened(bundle).engines.open("r2id_position").run(coordinates)
     assert "the native reason" in str(refused.value)
     assert "r2id_position.plan" in str(refused.value) and "to_plan" in str(refused.value)
 
 
 def test_out_of_memory_names_the_bytes_and_leaves_room(bundle: Path, library: Library) -> None:
-    engine = opened(bundle).engine("r2id_position")
+    engine = opened(bundle).engines.open("r2id_position")
     library.cuda.limit = 60_000  # room for the larger request's first tensor alone
     with pytest.raises(ResourceError, match=r"\d+ bytes are needed, \d+ are free") as refused:
         engine.run({"coordinates": np.zeros((60, 60, 4), np.float32)})
@@ -201,7 +201,7 @@ def test_nan_on_the_device_names_its_step(bundle: Path, library: Library) -> Non
 def test_shapes_and_types_are_checked_before_any_native_call(
     bundle: Path, library: Library
 ) -> None:
-    engine = opened(bundle).engine("r2ir_latent_summary")
+    engine = opened(bundle).engines.open("r2ir_latent_summary")
     latent, coordinates = np.zeros((1, 4, 2, 3), np.float32), np.zeros((2, 3, 4), np.float32)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"latent": latent}, "coordinates is missing"),
@@ -267,7 +267,7 @@ def test_a_damaged_plan_never_reaches_the_deserialiser(
     path.write_bytes(damage(path.read_bytes()))
     alter(bundle, "r2id", version="1.0", targets=("sm80",))  # the hash is compared first
     with pytest.raises(ArtefactError, match=r"SHA-256 .*to_plan .*--target current"):
-        opened(bundle).engine("r2id")
+        opened(bundle).engines.open("r2id")
     assert not library.opened
 
 
@@ -285,7 +285,7 @@ def test_a_plan_of_another_machine_names_both_sides(
 ) -> None:
     alter(bundle, "r2id", **change)
     with pytest.raises(IncompatibleError) as refused:
-        opened(bundle).engine("r2id")
+        opened(bundle).engines.open("r2id")
     for words in (*both, "python -m export.to_plan", f"--engine {bundle / 'r2id.onnx'}"):
         assert words in str(refused.value)
     assert not library.opened
@@ -294,26 +294,26 @@ def test_a_plan_of_another_machine_names_both_sides(
 def test_a_plan_of_another_graph_is_refused(bundle: Path, library: Library) -> None:
     alter(bundle, "r2id", source_sha256="0" * 64)
     with pytest.raises(ArtefactError, match=r"built from a graph of SHA-256 0{12}…; r2id\.onnx"):
-        opened(bundle).engine("r2id")
+        opened(bundle).engines.open("r2id")
     assert not library.opened
     film = (bundle / "r2id_film.plan").read_bytes()
     (bundle / "r2id_position.plan").write_bytes(film)
     alter(bundle, "r2id_position", sha256=sha256(film))
     with pytest.raises(ArtefactError, match=r"has \['alpha_bar', 'film'\] and 2 profiles"):
-        opened(bundle).engine("r2id_position")
+        opened(bundle).engines.open("r2id_position")
 
 
 def test_a_missing_plan_is_named_and_may_fall_back(bundle: Path, library: Library) -> None:
     (bundle / "r2id.plan").unlink()
     with pytest.raises(ArtefactError, match=r"r2id\.plan: no such file.*to_plan"):
-        open_bundle(bundle / "r2id_film.plan").engine("r2id")
+        open_bundle(bundle / "r2id_film.plan").engines.open("r2id")
     manifest = read_manifest(bundle)
     plans = {k: plan for k, plan in manifest.plans.items() if plan.graph != "r2id"}
     replace(manifest, plans=plans).write(bundle)
     with pytest.raises(ArtefactError, match=r"no plan of r2id in fp32.*--graphs r2id"):
-        open_bundle(bundle / "r2id_film.plan").engine("r2id")
+        open_bundle(bundle / "r2id_film.plan").engines.open("r2id")
     mixed = open_bundle(bundle / "r2id_film.plan", EngineOptions(allow_fallback=True))
-    assert mixed.engine("r2id").provider == "cpu"
+    assert mixed.engines.open("r2id").provider == "cpu"
     assert mixed.generate([1], steps=2).images.shape == (1, 1, 16, 16)
     (bundle / "unnamed.plan").write_bytes(b"")
     with pytest.raises(ArtefactError, match=r"unnamed\.plan: no plan that .* names"):
@@ -336,13 +336,13 @@ def test_edited_plan_entries_are_refused(bundle: Path) -> None:
 def test_compiled_kernels_are_kept_for_the_next_start(
     bundle: Path, library: Library, tmp_path: Path
 ) -> None:
-    engine = opened(bundle).engine("r2id_film")
+    engine = opened(bundle).engines.open("r2id_film")
     assert library.blobs == []
     del engine
     gc.collect()
     kept = list((tmp_path / "cache").rglob("*.cache"))
     assert [path.read_bytes() for path in kept] == [b"kernels"]
-    assert opened(bundle).engine("r2id_film") and library.blobs == [b"kernels"]
+    assert opened(bundle).engines.open("r2id_film") and library.blobs == [b"kernels"]
     kept[0].write_bytes(b"old")
     with exclusive(kept[0].with_suffix(".lock")):  # another process is writing it: left alone
         gc.collect()
@@ -393,7 +393,7 @@ def test_the_real_deserialiser_s_refusal_is_an_error(
     monkeypatch.setattr(tensorrt, "device_target", lambda: "sm89")
     alter(bundle, "r2id", version=library.__version__)
     with pytest.raises(IncompatibleError, match=r"the plan was refused by tensorrt_rtx .*Error"):
-        opened(bundle).engine("r2id")
+        opened(bundle).engines.open("r2id")
 
 
 def test_cuda_python_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, ResourceError, UsageError
 from runtime.memory import resident
 from runtime.pipeline import tiles
-from runtime.pipeline.pipeline import Pipeline
+from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.tiles import Resampler, bands, sample_places, window_of
 
 SIDES = st.integers(1, 60)
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # rounding: products over other numbers of rows add up in anot
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_bundle: Path) -> Pipeline:
+def pipeline(tiny_bundle: Path) -> Bundle:
     return open_bundle(tiny_bundle, SINGLE)
 
 
@@ -36,11 +36,11 @@ def latent() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((1, 4, 3, 5), np.float32)
 
 
-def untiled(pipeline: Pipeline, latent: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def untiled(pipeline: Bundle, latent: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The decode of all pixels at once, by the graphs alone."""
-    summary = pipeline.engine("r2ir_latent_summary")
+    summary = pipeline.engines.open("r2ir_latent_summary")
     sums = summary.run({"latent": latent, "coordinates": grid(*latent.shape[2:])})
-    return pipeline.engine("r2ir_decode").run({"coordinates": grid(*size), **sums})["pixels"]
+    return pipeline.engines.open("r2ir_decode").run({"coordinates": grid(*size), **sums})["pixels"]
 
 
 def agree(found: np.ndarray, wanted: np.ndarray) -> None:
@@ -94,14 +94,14 @@ def test_a_sample_has_one_pixel_in_each_cell(height: int, width: int, side: int)
 
 @pytest.mark.parametrize("pixels", [64, 1000, 4096])
 def test_tiles_of_any_size_give_the_same_pixels(
-    pipeline: Pipeline, latent: np.ndarray, pixels: int, monkeypatch: pytest.MonkeyPatch
+    pipeline: Bundle, latent: np.ndarray, pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = pipeline.decode(latent, LARGE)
     monkeypatch.setattr(tiles, "LARGEST_TILE", pixels)
     np.testing.assert_allclose(pipeline.decode(latent, LARGE), wanted, rtol=0, atol=TOLERANCE)
 
 
-def test_exact_tiles_are_the_untiled_image(pipeline: Pipeline, latent: np.ndarray) -> None:
+def test_exact_tiles_are_the_untiled_image(pipeline: Bundle, latent: np.ndarray) -> None:
     wanted = untiled(pipeline, latent, LARGE)
     agree(pipeline.decode(latent, LARGE, exact=True), wanted)
     sampled = np.abs(pipeline.decode(latent, LARGE) - wanted)
@@ -109,7 +109,7 @@ def test_exact_tiles_are_the_untiled_image(pipeline: Pipeline, latent: np.ndarra
     assert 20 * TOLERANCE < np.median(sampled) < 2e-3
 
 
-def test_a_small_image_is_its_own_sample(pipeline: Pipeline, latent: np.ndarray) -> None:
+def test_a_small_image_is_its_own_sample(pipeline: Bundle, latent: np.ndarray) -> None:
     wanted = untiled(pipeline, latent, (31, 40))
     np.testing.assert_array_equal(pipeline.decode(latent, (31, 40)), wanted)
     crop = pipeline.decode(latent, (31, 40), (3, 5, 20, 30))
@@ -124,15 +124,15 @@ def test_little_memory_changes_no_pixel(
     monkeypatch.setattr("runtime.pipeline.pipeline.resident", lambda: 1000)
     for size in ((31, 40), LARGE):
         wanted = pipeline.decode(latent, size)
-        decode = pipeline.engine("r2ir_decode")
+        decode = pipeline.engines.open("r2ir_decode")
         with monkeypatch.context() as patch:
-            patch.delitem(pipeline._engines, opened)
+            patch.delitem(pipeline.engines.opened, opened)
             agree(pipeline.decode(latent, size, memory=200_000), wanted)
-            assert opened not in pipeline._engines  # it was not run
-        pipeline._engines[opened] = decode
+            assert opened not in pipeline.engines.opened  # it was not run
+        pipeline.engines.opened[opened] = decode
 
 
-def test_no_seams(pipeline: Pipeline, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_seams(pipeline: Bundle, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps from row to row are alike across and inside tiles, in every column of tiles."""
     monkeypatch.setattr(tiles, "LARGEST_TILE", 5 * 200)
     image = pipeline.decode(latent, (200, 200))[0, 0].astype(np.float64)
@@ -150,7 +150,7 @@ def test_no_seams(pipeline: Pipeline, latent: np.ndarray, monkeypatch: pytest.Mo
     width=st.integers(1, 40),
 )
 def test_a_crop_is_a_window_of_the_whole(
-    pipeline: Pipeline, latent: np.ndarray, top: int, left: int, height: int, width: int
+    pipeline: Bundle, latent: np.ndarray, top: int, left: int, height: int, width: int
 ) -> None:
     height, width = min(height, 150 - top), min(width, 170 - left)
     whole = pipeline.decode(latent, LARGE)
@@ -163,7 +163,7 @@ def test_a_crop_is_a_window_of_the_whole(
     "crop", [(0, 0, 0, 5), (0, 0, 151, 1), (149, 0, 2, 1), (0, 170, 1, 1), (-1, 0, 1, 1)]
 )
 def test_a_crop_outside_its_image_is_refused(
-    pipeline: Pipeline, latent: np.ndarray, crop: tuple[int, int, int, int]
+    pipeline: Bundle, latent: np.ndarray, crop: tuple[int, int, int, int]
 ) -> None:
     with pytest.raises(UsageError, match=r"is not inside the image of 150x170"):
         pipeline.decode(latent, LARGE, crop)
@@ -171,19 +171,19 @@ def test_a_crop_outside_its_image_is_refused(
 
 @pytest.mark.parametrize("pixels", [64, 300])
 def test_an_image_is_encoded_by_tiles(
-    pipeline: Pipeline, pixels: int, monkeypatch: pytest.MonkeyPatch
+    pipeline: Bundle, pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = np.random.default_rng(1).uniform(-1, 1, (2, 1, 57, 83)).astype(np.float32)
-    summary = pipeline.engine("r2ir_image_summary")
+    summary = pipeline.engines.open("r2ir_image_summary")
     sums = summary.run({"pixels": image, "coordinates": grid(57, 83)})
-    wanted = pipeline.engine("r2ir_encode").run({"coordinates": grid(4, 6), **sums})["latent"]
+    wanted = pipeline.engines.open("r2ir_encode").run({"coordinates": grid(4, 6), **sums})["latent"]
     monkeypatch.setattr(tiles, "LARGEST_TILE", pixels)
     found = pipeline.encode(image, (4, 6))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_memory_chooses_the_tile_and_says_what_is_missing(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    pipeline: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tile(pixels: int, *graphs: str) -> int:
         room = tiles.bytes_needed("r2ir_render", 16, pixels)
@@ -207,13 +207,13 @@ def test_resident_memory_is_measured() -> None:
 
 
 def test_a_state_draws_what_its_latent_draws(
-    pipeline: Pipeline, latent: np.ndarray, tmp_path: Path
+    pipeline: Bundle, latent: np.ndarray, tmp_path: Path
 ) -> None:
     both = np.concatenate([latent[:, :, ::-1], latent])
     pipeline.state(both, {"a": [1, None]}).save(tmp_path / "state.npz")
     state = DecodeState.load(tmp_path / "state.npz")
     assert len(state) == 2 and state.metadata == {"a": [1, None]}
-    drawn = np.concatenate([*pipeline.draw(state, LARGE, (9, 8, 70, 60), index=1)], 1)
+    drawn = np.concatenate([*pipeline.resampler.draw(state, LARGE, (9, 8, 70, 60), index=1)], 1)
     wanted = pipeline.decode(latent, LARGE, (9, 8, 70, 60))[0]
     np.testing.assert_allclose(drawn, wanted, rtol=0, atol=TOLERANCE)
 
@@ -228,7 +228,7 @@ def altered(data: bytes, **changes: object) -> bytes:
 
 
 def test_states_that_are_not_whole_are_refused(
-    pipeline: Pipeline, latent: np.ndarray, tmp_path: Path
+    pipeline: Bundle, latent: np.ndarray, tmp_path: Path
 ) -> None:
     path = tmp_path / "state.npz"
     state = pipeline.state(latent)
@@ -260,7 +260,7 @@ def test_states_that_are_not_whole_are_refused(
     ]
     for make, words in broken:
         with pytest.raises(ArtefactError, match=words):
-            pipeline.draw(make(), LARGE)
+            pipeline.resampler.draw(make(), LARGE)
 
 
 def test_window_of_defaults_to_the_whole() -> None:

@@ -12,7 +12,16 @@ from reference.families.hdit.config import HDiTModel
 from reference.families.hdit.model import AUGMENTATIONS, HDiT, HDiTModels, scalings
 from reference.families.parts.config import read
 from reference.families.parts.models import Models
-from reference.families.parts.training import Group, Stage, Step, Task, branches, times, widened
+from reference.families.parts.training import (
+    Group,
+    Stage,
+    Step,
+    Task,
+    branches,
+    take_over,
+    times,
+    widened,
+)
 
 NOISE_LOW = 32  # side of the smallest resolution whose noise levels are covered
 SIGMA_RANGE = (1e-3, 1e3)  # at least, of the density's ends
@@ -58,7 +67,9 @@ class HDiTTask(Task):
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Images, σ, noise, labels and what the network is told of the augmentation."""
         c, settings, batch = self.config, self.settings, len(step.images)
-        image = step.picture(*settings.default_size, self.pad, "bicubic")
+        image = step.picture(
+            settings.default_size[0], settings.default_size[1], self.pad, "bicubic"
+        )
         told = image.new_zeros(batch, AUGMENTATIONS)
         if c["augmentation"]:
             image, told = augmented(image, c["augmentation"])
@@ -108,3 +119,8 @@ STAGES = (Stage("hdit", HDiTTask, KEYS, ("hdit",)),)
 def build(config: dict[str, Any], source: str) -> HDiTModels:
     """Fresh models; the network starts at F = 0."""
     return HDiTModels(read(HDiTModel, config["model"], source))
+
+
+def start_from(models: HDiTModels, other: HDiTModels) -> list[str]:
+    """Take over the weights that fit; returns the names of those that do not."""
+    return take_over(models.state_dict(), other.state_dict())

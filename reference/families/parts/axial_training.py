@@ -56,7 +56,7 @@ class AxialTask(Task):
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Noisy image, its tokens' coordinates, alpha_bar, labels, the noise, what it counts."""
         c, device, batch = self.config, step.images.device, len(step.images)
-        image = step.picture(*self.size, self.pad, "bicubic")
+        image = step.picture(self.size[0], self.size[1], self.pad, "bicubic")
         label = branches(widened(step.condition, self.labels), self.parts, c["condition_dropout"])
         alpha_bar = torch.from_numpy(schedule.alpha_bar(times(batch).numpy())).float().to(device)
         a = alpha_bar.view(-1, 1, 1, 1)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from reference.families.parts.models import Denoiser, Models
 from reference.families.parts.text import LabelCondition
+from reference.families.r2.config import ModelConfig
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR
-from runtime.config import ModelConfig
 
 
 class R2Models(Models):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from reference.families.parts.embeddings import PositionFeatures, TimeFeatures
 from reference.families.parts.layers import FFN, AdaLN, LinearAttention, scale
+from reference.families.r2.config import R2IDConfig
 from reference.families.r2.r2ir import grid_from_tokens, grid_tokens, tokens_from_grid
-from runtime.config import R2IDConfig
 
 
 class EncoderBlock(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from reference.families.parts.embeddings import PositionFeatures
 from reference.families.parts.layers import FFN, GRN, LinearAttention, scale
-from runtime.config import R2IRConfig
+from reference.families.r2.config import R2IRConfig
 from runtime.coordinates import grid
 
 Summary = list[tuple[Tensor, Tensor]]  # of each block: kv `[B, H, e, e]` and k `[B, H, e]`

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from reference.data import Images, fit
+from reference.families.parts.config import read
 from reference.families.parts.text import LabelCondition
 from reference.families.parts.training import (
     Stage,
@@ -23,11 +24,11 @@ from reference.families.parts.training import (
     times,
     widened,
 )
+from reference.families.r2.config import ModelConfig
 from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir
 from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid
-from runtime.config import ModelConfig
 from runtime.sampling import schedule
 
 SUMMARISED_AT_ONCE = 256  # images
@@ -99,14 +100,8 @@ class R2IRTask(R2Task):
         return pixels, image_at, latent_at, query_at, wanted
 
     @staticmethod
-    def loss(
-        model: R2IR,
-        pixels: Tensor,
-        image_at: Tensor,
-        latent_at: Tensor,
-        query_at: Tensor,
-        wanted: Tensor,
-    ) -> Tensor:
+    def loss(model: R2IR, *inputs: Tensor) -> Tensor:
+        pixels, image_at, latent_at, query_at, wanted = inputs
         latent = model.encode_tokens(pixels, image_at, latent_at)
         return F.mse_loss(model.decode_tokens(latent, latent_at, query_at), wanted)
 
@@ -163,15 +158,8 @@ class R2IDTask(R2Task):
         return noisy, at, alpha_bar, label, eps, loss_weight(kind, parameter, alpha_bar)
 
     @staticmethod
-    def loss(
-        model: R2IDModels,
-        noisy: Tensor,
-        at: Tensor,
-        alpha_bar: Tensor,
-        label: Tensor,
-        eps: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
+    def loss(model: R2IDModels, *inputs: Tensor) -> Tensor:
+        noisy, at, alpha_bar, label, eps, weight = inputs
         predicted = model.r2id.predict_tokens(noisy, at, alpha_bar, model.condition(label))
         return ((predicted - eps).square().mean((-2, -1)) * weight).mean()
 
@@ -212,7 +200,7 @@ def build(config: dict[str, Any], source: str) -> R2Models:
         stage.name: {key: config[stage.name][key] for key in DROPOUTS if key in config[stage.name]}
         for stage in STAGES
     }
-    models = R2Models(ModelConfig.from_json(config["model"], source), **dropouts)
+    models = R2Models(read(ModelConfig, config["model"], source), **dropouts)
     initialise_r2ir(models.r2ir)
     initialise_r2id(models.r2id)
     return models

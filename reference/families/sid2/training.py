@@ -11,7 +11,7 @@ from torch import Tensor
 from reference.data import Images
 from reference.families.parts.config import read
 from reference.families.parts.models import Models
-from reference.families.parts.training import Stage, Step, Task, branches, times, widened
+from reference.families.parts.training import Stage, Step, Task, branches, take_over, times, widened
 from reference.families.sid2.config import SiD2Model
 from reference.families.sid2.model import SiD2, SiD2Models
 from reference.families.sid2.schedule import Schedule, sigmoid
@@ -46,7 +46,9 @@ class SiD2Task(Task):
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Noisy image, λ, labels, v and what its error counts."""
         settings, batch, device = self.settings, len(step.images), step.images.device
-        image = step.picture(*settings.default_size, self.pad, "bicubic")
+        image = step.picture(
+            settings.default_size[0], settings.default_size[1], self.pad, "bicubic"
+        )
         condition = widened(step.condition, settings.labels)
         label = branches(condition, self.parts, self.config["condition_dropout"])[0]
         t = times(batch).numpy()
@@ -73,3 +75,8 @@ STAGES = (Stage("sid2", SiD2Task, KEYS, ("sid2", "schedule")),)
 def build(config: dict[str, Any], source: str) -> SiD2Models:
     """Fresh models; the network starts at v = 0."""
     return SiD2Models(read(SiD2Model, config["model"], source))
+
+
+def start_from(models: SiD2Models, other: SiD2Models) -> list[str]:
+    """Take over the weights that fit; returns the names of those that do not."""
+    return take_over(models.state_dict(), other.state_dict())

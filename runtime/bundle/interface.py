@@ -1,0 +1,143 @@
+"""What a bundle draws, as far as a request needs it: names, channels, legal sizes, the schedule."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from runtime.errors import UsageError
+
+LARGEST = 1 << 20  # no side, count or channel of a real model comes near; stops absurd allocations
+Count = Annotated[int, Meta(ge=1, le=LARGEST)]
+# Letters of any script, without control characters.
+Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+Size = tuple[int, int]  # height, width
+
+
+class Range(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Legal values of an axis: the multiples of `multiple` from `minimum` to `maximum`."""
+
+    minimum: Count
+    maximum: Count
+    multiple: Count = 1
+
+    def __post_init__(self) -> None:
+        ends = self.minimum, self.maximum
+        if self.minimum > self.maximum or any(end % self.multiple for end in ends):
+            raise ValueError(f"{self} is empty, or an end of it is no multiple")
+
+    def __contains__(self, value: int) -> bool:
+        return self.minimum <= value <= self.maximum and value % self.multiple == 0
+
+    def __str__(self) -> str:
+        of = f", multiples of {self.multiple}" if self.multiple > 1 else ""
+        return f"{self.minimum} to {self.maximum}{of}"
+
+    def nearest(self, value: int) -> int:
+        """The legal value nearest to `value`, the larger one of two."""
+        rounded = (2 * value + self.multiple) // (2 * self.multiple) * self.multiple
+        return min(max(rounded, self.minimum), self.maximum)
+
+    def check(self, size: Size, name: str) -> None:
+        """Raise UsageError where a side of `size`, the option `name`, is not legal."""
+        if size[0] not in self or size[1] not in self:
+            nearest = size_name((self.nearest(size[0]), self.nearest(size[1])))
+            raise UsageError(
+                f"{name} {size_name(size)}: expected sides of {self}; the nearest legal size is "
+                f"{nearest}. Pass --{name} {nearest}"
+            )
+
+
+class Trained(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model has seen: the latent's shortest and longest side, and the largest aspect."""
+
+    shortest: Count
+    longest: Count
+    aspect: Annotated[float, Meta(ge=1, le=LARGEST)]
+
+
+class Cosine(Struct, frozen=True, tag_field="name", tag="cosine", forbid_unknown_fields=True):
+    """alpha_bar(t) = cos²((t + offset) / (1 + offset) · π/2), not below `floor`."""
+
+    offset: Annotated[float, Meta(ge=0, le=1)]
+    floor: Annotated[float, Meta(gt=0, lt=1)]
+
+
+Schedule = Cosine
+
+
+class Interface(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a program needs of a model. Sides are ranges of a height and a width alike.
+
+    `labels` has a name per condition, none where a model is unconditional. `pixels_per_latent`:
+    image pixels per latent cell along each side. `decoupled`: a resampler draws images of any
+    legal size from latents of any legal size, and back; else pixels are diffused.
+    """
+
+    name: Text
+    color_channels: Count
+    latent_channels: Count
+    labels: tuple[Text, ...]
+    default_latent: tuple[Count, Count]
+    pixels_per_latent: Count
+    latent_sides: Range
+    image_sides: Range
+    decoupled: bool
+    trained: Trained | None = None
+
+    def __post_init__(self) -> None:
+        if any(side not in self.latent_sides for side in self.default_latent):
+            raise ValueError(
+                f"default_latent is {list(self.default_latent)}; expected sides of "
+                f"{self.latent_sides}"
+            )
+        pixels = self.pixels_per_latent == 1 and self.latent_channels == self.color_channels
+        if not self.decoupled and not pixels:
+            raise ValueError(
+                "decoupled is false, so that pixels are diffused; expected as many latent as "
+                "colour channels and 1 pixel per latent cell"
+            )
+
+    def image_size(self, latent: Size) -> Size:
+        """The image size that a latent of this size was trained to decode to."""
+        return latent[0] * self.pixels_per_latent, latent[1] * self.pixels_per_latent
+
+    def latent_size(self, image: Size) -> Size:
+        """The legal latent size nearest to what an image of this size was trained to encode to."""
+        height, width = (
+            self.latent_sides.nearest(round(side / self.pixels_per_latent)) for side in image
+        )
+        return height, width
+
+    def check_image(self, latent: Size, image: Size) -> None:
+        """Raise UsageError where no image of size `image` can be drawn of a latent of `latent`."""
+        if self.decoupled:
+            self.image_sides.check(image, "image")
+        elif image != self.image_size(latent):
+            raise UsageError(
+                f"image {size_name(image)}: {self.why_coupled}; expected "
+                f"{size_name(self.image_size(latent))} for the latent {size_name(latent)}. "
+                "Leave --image out, or choose another --latent"
+            )
+
+    @property
+    def why_coupled(self) -> str:
+        """Why an image's size follows from the latent's."""
+        return f"{self.name} diffuses pixels and has no resampler"
+
+    def warning(self, latent: Size) -> str | None:
+        """What a user should know of a legal size: None where the model has seen its like."""
+        if self.trained is None:
+            return None
+        low, high, most = self.trained.shortest, self.trained.longest, self.trained.aspect
+        aspect = max(latent) / min(latent)
+        if low <= min(latent) and max(latent) <= high and aspect <= most:
+            return None
+        return (
+            f"{self.name} was trained on latents with sides of {low} to {high} and aspects up to "
+            f"{most:g}; {size_name(latent)} is outside of that and may look worse"
+        )
+
+
+def size_name(size: Size) -> str:
+    """A size as command lines read it: HEIGHTxWIDTH."""
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,223 @@
+"""A bundle opened: what a program does with it. numpy in, numpy out.
+
+Letters: B images, K conditions, C latent channels, c colours, H × W latent, h × w pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle.interface import Interface, Size
+from runtime.bundle.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
+from runtime.bundle.state import DecodeState
+from runtime.engines import EngineOptions, check_engine_kind
+from runtime.errors import ArtefactError, UsageError
+from runtime.pipeline.checks import check_request
+from runtime.pipeline.diffuser import Diffuser
+from runtime.pipeline.opened import Engines
+from runtime.pipeline.resampler import Resampler
+from runtime.pipeline.tiles import Crop, fill, window_of
+from runtime.pipeline.uncoded import Uncoded
+from runtime.sampling.noise import COHERENT
+from runtime.sampling.request import Label, Request
+
+
+@dataclass(frozen=True)
+class Generated:
+    """images float32 `[B, c, h, w]` in [-1, 1], latents float32 `[B, C, H, W]`.
+
+    A notebook shows the images as one sheet.
+    """
+
+    images: NDArray[np.float32]
+    latents: NDArray[np.float32]
+
+    def _repr_png_(self) -> bytes:
+        """The images as one PNG, ten in a row."""
+        from runtime.images.pixels import contact_sheet, png_bytes, to_uint8
+
+        return png_bytes(contact_sheet(to_uint8(self.images), 10))
+
+
+def open_bundle(
+    engine: str | Path, options: EngineOptions | None = None, expect_sha256: str | None = None
+) -> "Bundle":
+    """Open a bundle's folder or any engine file in it.
+
+    `expect_sha256` pins the manifest to a trusted one. Raises ArtefactError for a bundle that is
+    not whole, UsageError for a precision that it lacks, IncompatibleError for an engine that
+    cannot run here.
+    """
+    path, options = Path(engine), options or EngineOptions()
+    check_engine_kind(path)
+    manifest = read_manifest(find_bundle(path), expect_sha256)
+    if path.suffix == ".plan":
+        if path.name not in manifest.plans:
+            raise ArtefactError(
+                f"{path}: no plan that {manifest.folder / FILE_NAME} names; found "
+                f"{[*manifest.plans]}. Build plans with: {TO_PLAN} {manifest.folder}"
+            )
+        precision = manifest.plans[path.name].precision
+        options = replace(options, plans=True, precision=precision)
+    return Bundle(manifest, options)
+
+
+class Bundle:
+    """A bundle's graphs, each opened when it is first needed and kept.
+
+    Several threads may use one: requests share its weights and nothing else.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        options: EngineOptions | None = None,
+        engines: Engines | None = None,
+    ):
+        self.manifest = manifest
+        self.engines = engines or Engines(manifest, options)
+        self.options = self.engines.options
+        self.resampler: Resampler | Uncoded = (
+            Resampler(self.engines) if manifest.interface.decoupled else Uncoded(manifest)
+        )
+        self.diffuser = Diffuser(self.engines, self.resampler)
+
+    @property
+    def interface(self) -> Interface:
+        """Names, channels and legal sizes."""
+        return self.manifest.interface
+
+    @property
+    def provider(self) -> str:
+        """What runs the graphs that are open: a name, or several joined by + after a fallback."""
+        return self.engines.provider
+
+    def generate(
+        self,
+        labels: Sequence[Label],
+        latent: Size | None = None,
+        image: Size | None = None,
+        steps: int = 50,
+        guidance_scale: float = 2.0,
+        eta: float = 0.0,
+        seed: int = 0,
+        first_index: int = 0,
+        on_step: Callable[[int], object] | None = None,
+        noise: str = COHERENT,
+        continue_at: Size | None = None,
+        continue_from: int | None = None,
+    ) -> Generated:
+        """Draw one image per entry of `labels` as one batch; see `Request` for the rest.
+
+        `latent` defaults to the bundle's; `on_step` is called with the number of each step done.
+        Raises UsageError before any engine is opened, NumericalError naming the step.
+        """
+        latent = latent or self.interface.default_latent
+        request = Request(
+            *(labels, latent, image, steps, guidance_scale, eta, seed, first_index, noise),
+            *(continue_at, continue_from),
+        )
+        self.check(request)
+        size = request.image or self.interface.image_size(request.largest)
+        self.engines.open_all(self.resampler.drawing(size))
+        x = self.diffuse(request, on_step)
+        return Generated(self.decode(x, size), x)
+
+    def check(self, request: Request, batch: int | None = None) -> None:
+        """Raise UsageError for a request that cannot be met; `batch` images are drawn at once."""
+        check_request(self.diffuser, request, batch)
+
+    def diffuse(
+        self, request: Request, on_step: Callable[[int], object] | None = None
+    ) -> NDArray[np.float32]:
+        """The latents float32 `[B, C, H, W]` of a request that was checked."""
+        return self.diffuser.diffuse(request, on_step)
+
+    def denoise(self, latent: Array, alpha_bar: float, conditions: Array) -> NDArray[np.float32]:
+        """One evaluation of the model, whatever its family predicts: eps `[K, B, C, H, W]`.
+
+        latent float32 `[B, C, H, W]` with the noise that `alpha_bar` in (0, 1) says it has;
+        conditions float32 `[K, B, labels]`, the weight of each label, all zero for no condition.
+        Raises UsageError for arrays or a size that do not fit, NumericalError.
+        """
+        labels = len(self.interface.labels)
+        whole = conditions.ndim == 3 and conditions.shape[1:] == (len(latent), labels)
+        if latent.ndim != 4 or not whole or not 0 < alpha_bar < 1:
+            raise UsageError(
+                f"latent {latent.shape}, conditions {conditions.shape}, alpha_bar {alpha_bar}; "
+                f"expected [B, {self.interface.latent_channels}, H, W], [K, B, {labels}] and a "
+                "number between 0 and 1"
+            )
+        self.interface.latent_sides.check((latent.shape[2], latent.shape[3]), "latent")
+        return self.diffuser.denoise(latent, alpha_bar, conditions)
+
+    def encode(self, pixels: Array, size: Size, memory: int | None = None) -> NDArray[np.float32]:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1].
+
+        `memory`: the bytes that this process may hold. Raises UsageError, ResourceError.
+        """
+        return self.resampler.encode(pixels, size, memory)
+
+    def decode(
+        self,
+        latent: Array,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+    ) -> NDArray[np.float32]:
+        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1].
+
+        `crop` (top, left, height, width) draws that window of the images alone, `exact` takes the
+        response ratios from every pixel and not from a sample. Raises UsageError, ResourceError.
+        """
+        return self.resampler.decode(latent, size, crop, exact, memory)
+
+    def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
+        """What `render` needs of latents float32 `[B, C, H, W]`; it can be saved and loaded."""
+        return self.resampler.state(latent, metadata)
+
+    def render(
+        self,
+        state: DecodeState,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+        index: int = 0,
+    ) -> NDArray[np.float32]:
+        """Image `index` of a state at `size`: pixels float32 `[c, h, w]` in [-1, 1].
+
+        As `decode`; `bundle.resampler.draw` gives the same in bands, never holding the whole.
+        Raises ArtefactError for a state of another bundle.
+        """
+        bands = self.resampler.draw(state, size, crop, exact, memory, index)
+        window = window_of(crop, size)
+        pixels = np.empty((self.interface.color_channels, *window[2:]), np.float32)
+        fill(pixels, bands)
+        return pixels
+
+    def resample(
+        self, pixels: Array, size: Size, latent: Size | None = None
+    ) -> NDArray[np.float32]:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.
+
+        `latent` defaults to the training ratio of the pixels' own size. Raises UsageError.
+        """
+        self.check_resample(size)
+        height, width = pixels.shape[2:]
+        between = latent or self.interface.latent_size((height, width))
+        return self.decode(self.encode(pixels, between), size)
+
+    def check_resample(self, size: Size) -> None:
+        """Raise UsageError where no image can be resampled to `size`."""
+        if not self.interface.decoupled:
+            raise UsageError(
+                f"no image can be resampled: {self.interface.why_coupled}. Use a bundle that has "
+                "one: --engine"
+            )
+        self.resampler.check_draw(size)

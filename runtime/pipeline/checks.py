@@ -1,0 +1,44 @@
+"""What a bundle cannot draw is refused before any engine is opened."""
+
+import numpy as np
+
+from runtime.bundle.interface import Size
+from runtime.pipeline.diffuser import Diffuser
+from runtime.sampling.request import Request
+
+
+def check_request(diffuser: Diffuser, request: Request, batch: int | None = None) -> None:
+    """Raise UsageError for a request that the bundle cannot meet.
+
+    `batch`: images drawn at once, where not all of them are.
+    """
+    manifest, resampler = diffuser.manifest, diffuser.resampler
+    interface = manifest.interface
+    request.check(interface.labels)
+    interface.latent_sides.check(request.latent, "latent")
+    if request.continue_at is not None:
+        interface.latent_sides.check(request.continue_at, "continue-at")
+    image = request.image or interface.image_size(request.largest)
+    interface.check_image(request.largest, image)
+    images = min(len(request.labels), batch or len(request.labels))
+    for size in dict.fromkeys((request.latent, request.largest)):
+        check_steps(diffuser, request, size, images)
+    resampler.check_state(request.largest)
+    resampler.check_draw(image)
+    if request.continue_at is not None:
+        resampler.check_enlarge(request.latent, request.continue_at, images)
+
+
+def check_steps(diffuser: Diffuser, request: Request, latent: Size, images: int) -> None:
+    """Raise UsageError where a graph of the diffuser cannot run a request at a latent size."""
+    conditions, _ = diffuser.branches(request)
+    distinct = np.unique(conditions.reshape(-1, conditions.shape[2]), axis=0)
+    sizes = {"height": latent[0], "width": latent[1], "batch": images, "steps": request.steps + 1}
+    for name in diffuser.kept:
+        diffuser.engines.check(name, sizes | {"conditions": len(distinct)})
+    forms = {diffuser.engines.options.form}
+    if diffuser.exact_steps(request.steps):
+        forms.add("fp32")
+    for form in forms:  # each has a plan, and profiles, of its own
+        own = sizes | {"conditions": len(conditions)}
+        diffuser.engines.check(diffuser.step_graph, own, form)

@@ -1,0 +1,169 @@
+"""Images of any size in constant memory, and the latents they are drawn from and read into.
+
+Letters: B images, C latent channels, c colours, H × W latent, h × w pixels.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle.interface import Size
+from runtime.bundle.manifest import Array
+from runtime.bundle.state import DecodeState
+from runtime.coordinates import grid
+from runtime.memory import resident
+from runtime.pipeline.opened import Engines
+from runtime.pipeline.tiler import DEFAULT_ROOM, Pixels, Roles, Tiler
+from runtime.pipeline.tiles import SAMPLE, Crop, Read, check_memory, fill, window_of, windows_of
+
+
+class Resampler:
+    """Image ↔ latent of any size, within `memory` bytes of this process where that is given."""
+
+    def __init__(self, engines: Engines):
+        self.engines, self.manifest = engines, engines.manifest
+        self.roles = Roles.of(self.manifest)
+        self._held: int | None = None  # bytes in memory before the first tile
+
+    def tiler(self, memory: int | None = None) -> "Tiler":
+        """The graphs within `memory` bytes of this process; None takes DEFAULT_ROOM.
+
+        What the process holds besides is measured once, when this is first asked for.
+        """
+        if self._held is None:
+            self._held = resident()
+        room = DEFAULT_ROOM if memory is None else memory - self._held
+        whole = self.engines.whole(self.roles.decode)
+        return Tiler(self.engines, self.roles, room, whole)
+
+    def drawing(self, size: Size) -> list[str]:
+        """The graphs that drawing an image of `size` needs."""
+        roles = self.roles
+        sampled = size[0] * size[1] > SAMPLE * SAMPLE and not self.engines.whole(roles.decode)
+        return [roles.read_latent, roles.decode, *([roles.render, roles.respond] * sampled)]
+
+    def encoding(self, size: Size) -> list[str]:
+        """The graphs that encoding an image of `size` needs."""
+        return [self.roles.read_image, self.roles.encode]
+
+    def check_draw(self, image: Size) -> None:
+        """Raise UsageError where no image of this size can be drawn."""
+        self.manifest.interface.image_sides.check(image, "image")
+        self.engines.check(self.roles.decode, _sizes(image))
+
+    def check_state(self, latent: Size) -> None:
+        """Raise UsageError where no latent of this size can be read."""
+        self.manifest.interface.latent_sides.check(latent, "latent")
+        self.engines.check(self.roles.read_latent, _sizes(latent))
+
+    def check_encode(self, image: Size, latent: Size, batch: int) -> None:
+        """Raise UsageError where images of this size cannot become latents of that one."""
+        interface = self.manifest.interface
+        interface.image_sides.check(image, "image")
+        interface.latent_sides.check(latent, "latent")
+        self.engines.check(self.roles.read_image, _sizes(image, batch))
+        self.engines.check(self.roles.encode, _sizes(latent, batch))
+
+    def check_enlarge(self, latent: Size, larger: Size, batch: int) -> None:
+        """Raise UsageError where `enlarge` cannot take latents of one size to the other."""
+        between = self.manifest.interface.image_size(larger)
+        self.check_state(latent)
+        self.check_draw(between)
+        self.check_encode(between, larger, batch)
+
+    def check_memory(self, memory: int, size: Size) -> None:
+        """Raise ResourceError where drawing an image of `size` needs more than `memory` bytes."""
+        tiler = self.tiler(memory)
+        check_memory(memory, max(tiler.bytes_needed(graph, 1) for graph in self.drawing(size)))
+
+    def enlarge(self, x0: Array, size: Size) -> Array:
+        """Latents float32 `[B, C, H, W]` as ones of `size`, by way of their images."""
+        between = self.manifest.interface.image_size(size)
+        return self.encode(self.decode(x0, between), size)
+
+    def encode(self, pixels: Array, size: Size, memory: int | None = None) -> Pixels:
+        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
+        image = pixels.shape[2], pixels.shape[3]
+        return self.encode_windows(windows_of(pixels), image, size, memory, len(pixels))
+
+    def encode_windows(
+        self, read: Read, image: Size, size: Size, memory: int | None = None, batch: int = 1
+    ) -> Pixels:
+        """`encode` of an image that is read by windows: one tile of it is in memory at a time.
+
+        `read(top, left, height, width)` gives float32 `[B, c, height, width]`, from the top down.
+        The latent is made whole: raises ResourceError where a `memory` given is too small for it.
+        """
+        self.check_encode(image, size, batch)
+        engine, tiler = self.engines.open(self.roles.encode), self.tiler(memory)
+        if memory is not None:
+            cells = batch * size[0] * size[1]
+            check_memory(memory, tiler.bytes_needed(self.roles.encode, 1), cells)
+        sums = tiler.summarise(self.roles.read_image, "pixels", read, image, batch)
+        return engine.run({"coordinates": grid(*size), **sums})["latent"]
+
+    def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
+        """What a decode needs of latents float32 `[B, C, H, W]`, to draw any size and crop from.
+
+        One latent after the other, so that B has no limit and changes nothing.
+        """
+        size = (latent.shape[2], latent.shape[3])
+        self.check_state(size)
+        summarise = partial(self.tiler().summarise, self.roles.read_latent, "latent", size=size)
+        each = [summarise(read=windows_of(own)) for own in np.split(latent, len(latent))]
+        sums = {name: np.concatenate([own[name] for own in each]) for name in each[0]}
+        return DecodeState(sums, self._bound_to, metadata or {})
+
+    @property
+    def _bound_to(self) -> str:
+        """What a `DecodeState` belongs to: the graph that reads its sums, in fp32."""
+        return self.manifest.graph(self.roles.render).sha256
+
+    def check_decode_state(self, state: DecodeState, source: str) -> None:
+        """Raise ArtefactError naming `source` where a state is of another bundle or not whole."""
+        sums = self.manifest.graph(self.roles.read_latent).outputs
+        state.check(self._bound_to, {tensor.name: tensor.axes for tensor in sums}, source)
+
+    def draw(
+        self,
+        state: DecodeState,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+        index: int = 0,
+    ) -> Iterator[Pixels]:
+        """Image `index` of a state at `size` in bands `[c, rows, width]` in [-1, 1], from the top.
+
+        `crop` (top, left, height, width) draws that window of the image alone, `exact` takes the
+        GRN ratios from every pixel instead of a sample, `memory` in bytes chooses the tiles.
+        Raises UsageError, ArtefactError for a state of another bundle, ResourceError.
+        """
+        self.check_draw(size)
+        window = window_of(crop, size)
+        self.check_decode_state(state, "decode state")
+        return self.tiler(memory).draw(state.one(index), size, window, exact)
+
+    def decode(
+        self,
+        latent: Array,
+        size: Size,
+        crop: Crop | None = None,
+        exact: bool = False,
+        memory: int | None = None,
+    ) -> Pixels:
+        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]; see `draw`."""
+        self.check_draw(size)
+        window = window_of(crop, size)
+        state = self.state(latent)
+        channels = self.manifest.interface.color_channels
+        pixels = np.empty((len(state), channels, window.height, window.width), np.float32)
+        for index, image in enumerate(pixels):
+            fill(image, self.draw(state, size, crop, exact, memory, index))
+        return pixels
+
+
+def _sizes(size: Size, batch: int = 1) -> dict[str, int]:
+    return {"height": size[0], "width": size[1], "batch": batch}
