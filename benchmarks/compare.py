@@ -32,6 +32,7 @@ from benchmarks.contenders import (
     prepare,
 )
 from runtime import cli, doctor
+from runtime.bundle.interface import size_name
 from runtime.errors import IncompatibleError
 
 SIZES = ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256))
@@ -80,7 +81,7 @@ def run_all(
 ) -> dict[str, list[Any]]:
     """What each contender measured in its turns at one size."""
     found: dict[str, list[Any]] = {contender.name: [] for contender in turns}
-    with tqdm(total=len(turns), desc=cli.size_name(size), unit="run") as bar:
+    with tqdm(total=len(turns), desc=size_name(size), unit="run") as bar:
         for contender in turns:
             first = contender.engine == "torch.compile" and not found[contender.name]
             bar.set_postfix_str(contender.name + " (compiling: a minute)" * first)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from runtime import cli
 from runtime.bundle.files import sha256
 from runtime.bundle.interface import size_name
-from runtime.bundle.manifest import Array, GraphSpec, TensorSpec
+from runtime.bundle.manifest import Array, GraphSpec, Lifetime, TensorSpec
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.memory import peak_resident, resident
@@ -139,10 +139,11 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> Prepared:
 
     from benchmarks.published import PublishedR2ID
     from export.chunk import chunk_ffn
-    from export.to_onnx import onnx_from_source, sources
+    from export.families.r2 import bundle as r2
+    from export.to_onnx import onnx_from_source
 
     models = build(config)
-    source = next(source for source in sources(models) if source.name == "r2id")
+    source = next(source for source in r2.sources(models) if source.name == "r2id")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # each export takes one core
         plain = pool.submit(export_published, config)
@@ -187,7 +188,9 @@ def write_graph(
     data = model.SerializeToString()
     path = folder / f"{name}.onnx"
     path.write_bytes(data)
-    return GraphSpec(path.name, sha256(data), "fp32", inputs, outputs, {})
+    # A plain export gets no form per size in OpenVINO, as nobody asked for one.
+    lifetime: Lifetime = "size" if name.startswith("published") else "step"
+    return GraphSpec(path.name, sha256(data), "fp32", lifetime, inputs, outputs, {})
 
 
 def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -> Any:
@@ -298,10 +301,10 @@ def plain_inputs(models: "R2Models", size: Size) -> "dict[str, Tensor]":
 
 def our_inputs(models: "R2Models", size: Size) -> "dict[str, Tensor]":
     """What our step graph takes: the rest was computed once."""
-    from export.to_onnx import sources
+    from export.families.r2 import bundle as r2
 
     plain = plain_inputs(models, size)
-    modules = {source.name: source.module for source in sources(models)}
+    modules = {source.name: source.module for source in r2.sources(models)}
     text_k, text_v = modules["r2id_condition"](plain["labels"][:, 0])
     return {
         "latent": plain["latent"],
@@ -349,8 +352,7 @@ def open_engine(
 
         load_core()
         before = resident()
-        # Under its own name: a plain export gets no form per size, as nobody asked for one.
-        compiled = OpenVinoEngine(contender.graph.split(".")[0], spec, model, options)
+        compiled = OpenVinoEngine(spec, model, options)
         return lambda: compiled.run(feed)[name], before
     from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 

@@ -9,7 +9,7 @@ python -m benchmarks.decode [--parts speed,large,sample,memory]
 - sample: how far the sampled ratios leave the shipped model's images from the untiled ones.
 - exact: how far --exact and the untiled graph are from the same decode in float64, in PyTorch.
 - memory: float32 arrays of the model's width that each graph holds per pixel, which is what
-  ARRAYS_PER_PIXEL of runtime/pipeline/tiles.py was set by.
+  ARRAYS_PER_PIXEL of export/families/r2/bundle.py was set by.
 """
 
 import argparse
@@ -18,14 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.families.r2.bundle import ARRAYS_PER_PIXEL
 from runtime import cli, open_bundle
+from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest
 from runtime.coordinates import Grid, grid
 from runtime.engines import EngineOptions
@@ -33,6 +34,7 @@ from runtime.images.pixels import save_rows, to_uint8
 from runtime.memory import peak_resident, resident
 from runtime.pipeline import tiles
 from runtime.pipeline.bundle import Bundle
+from runtime.pipeline.tiler import GRN_EPSILON
 from runtime.sampling.request import Request
 
 Size = tuple[int, int]
@@ -59,25 +61,28 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def export_published(folder: Path) -> None:
-    """R2IR's graphs at the published width, with random weights, as a bundle."""
-    from benchmarks.contenders import write_graph
+    """The graphs of the published width, with random weights, as a bundle."""
+    from export.__main__ import spec_of
     from export.chunk import chunk_ffn
-    from export.to_onnx import onnx_from_source, sources
+    from export.families.r2 import bundle as r2
+    from export.to_onnx import onnx_from_source
 
     models = published()
     graphs: dict[str, GraphSpec] = {}
     for_cpu: dict[str, GraphSpec] = {}
-    for source in (source for source in sources(models) if source.name.startswith("r2ir")):
+    interface = r2.interface(models, ())
+    for source in r2.sources(models):
         plain = onnx_from_source(source)
-        axes = {axis for t in source.inputs for axis in t.axes if isinstance(axis, str)}
         for forms, name, model in (
             (graphs, source.name, plain),
             (for_cpu, f"{source.name}.cpu", chunk_ffn(plain)),
         ):
             if model is not None:
-                spec = write_graph(folder, name, model, source.inputs, source.outputs)
-                forms[source.name] = replace(spec, ranges=dict.fromkeys(axes, (1, 65536)))
-    Manifest(models.config, (), {}, {}, {}, {}, graphs, for_cpu=for_cpu).write(folder)
+                data = model.SerializeToString()
+                (folder / f"{name}.onnx").write_bytes(data)
+                forms[source.name] = spec_of(source, data, f"{name}.onnx", interface)
+    schedule = r2.schedule(models)
+    Manifest(interface, schedule, None, {}, None, graphs, for_cpu=for_cpu).write(folder)
 
 
 def published() -> Any:
@@ -125,7 +130,7 @@ def speed(args: argparse.Namespace) -> None:
         if args.exact:
             contenders["tiles, exact"] = partial(ours, True, args.memory)
         print(
-            f"\npublished width, {cli.size_name(args.latent)} latent -> {cli.size_name(args.size)}",
+            f"\npublished width, {size_name(args.latent)} latent -> {size_name(args.size)}",
             flush=True,
         )
         rows = {}
@@ -157,7 +162,7 @@ def large(args: argparse.Namespace) -> None:
         _, seconds, peak = alone(work)
         written = path.stat().st_size
     print(
-        f"\nshipped model -> {cli.size_name(args.large)} PNG: {seconds:.1f} s, "
+        f"\nshipped model -> {size_name(args.large)} PNG: {seconds:.1f} s, "
         f"{peak / 1e6:.0f} MB at most with --memory {args.memory / 1e6:.0f}MB, "
         f"{written / 1e6:.1f} MB written"
     )
@@ -178,7 +183,7 @@ def sample(args: argparse.Namespace) -> None:
     print("\nratios of a sample, shipped model, against the untiled decode")
     for side in (512, 1024):
         for latent in np.split(made.latents, len(LABELS)):
-            sums = pipeline.state(latent).sums(0)
+            sums = pipeline.state(latent).one(0)
             inputs = {"coordinates": grid(side, side), **sums}
             wanted = pipeline.engines.open("r2ir_decode").run(inputs)["pixels"]
             for count in SAMPLES:
@@ -198,7 +203,7 @@ def exact(args: argparse.Namespace) -> None:
     """Errors of exact tiles and of the untiled graph, both in float32, against float64."""
     pipeline = open_bundle(args.bundle, EngineOptions(threads=args.threads))
     made = pipeline.generate(LABELS[:1], steps=20, image=(8, 8))
-    sums = pipeline.state(made.latents).sums(0)
+    sums = pipeline.state(made.latents).one(0)
     print("\nshipped model against float64")
     for side in (512, 1024):
         rows, wanted = in_float64(args.checkpoint, sums, side)
@@ -238,7 +243,7 @@ def in_float64(
         for site in range(2 * k.shape[1]):
             squares = sum(ratios(at(top, TILE_ROWS), kv, k, response)[site] for top in tops)
             root = (squares / len(tops)).sqrt()
-            response[:, site // 2, site % 2] = root / (root.mean() + tiles.GRN_EPSILON)
+            response[:, site // 2, site % 2] = root / (root.mean() + GRN_EPSILON)
         drawn = [render(at(top, 1), kv, k, response) for top in tops]
     return np.array(tops), torch.cat(drawn, 2).numpy()
 
@@ -258,12 +263,12 @@ def memory(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         alone(partial(export_published, Path(name)))
         print("\nfloat32 arrays of the model's width per pixel, at the peak of a graph")
-        for graph in tiles.ARRAYS_PER_PIXEL:
+        for graph in ARRAYS_PER_PIXEL:
             found = [
                 alone(partial(arrays_per_pixel, bundle, graph, args.threads))[0]
                 for bundle in (args.bundle, Path(name))
             ]
-            own = tiles.ARRAYS_PER_PIXEL[graph]
+            own = ARRAYS_PER_PIXEL[graph]
             print(f"  {graph:20} {found[0]:5.1f} {found[1]:5.1f}  ARRAYS_PER_PIXEL {own}")
 
 
@@ -276,11 +281,13 @@ def arrays_per_pixel(bundle: Path, graph: str, threads: int) -> float:
     engine = pipeline.engines.open(graph)
     inputs = graph_inputs(pipeline, graph)
     before = resident()
-    outputs = [f"squares_{2 * pipeline.model.r2ir.decoder_blocks - 1}"]
+    manifest = pipeline.manifest
+    outputs = [manifest.graph(graph).outputs[-1].name]
+    width = manifest.graph(graph).floats_per_pixel / ARRAYS_PER_PIXEL[graph]
     for _ in range(RUNS):
         engine.run(inputs, outputs if graph == "r2ir_response" else None)
     peak = peak_resident()
-    return (peak - before) / GRAPH_PIXELS / 4 / pipeline.model.r2ir.width
+    return (peak - before) / GRAPH_PIXELS / 4 / width
 
 
 def graph_inputs(pipeline: Bundle, graph: str) -> dict[str, np.ndarray]:

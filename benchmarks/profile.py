@@ -20,6 +20,7 @@ from tqdm import tqdm
 from benchmarks.contenders import Prepared, Size, add_options, prepare
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.interface import size_name
 from runtime.engines.onnxruntime import load_library
 
 SIZES = [(16, 16), (128, 128)]
@@ -47,7 +48,7 @@ def node_times(
     settings = library.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.enable_profiling = True
-    settings.profile_file_prefix = str(folder / f"{graph}-{cli.size_name(size)}")
+    settings.profile_file_prefix = str(folder / f"{graph}-{size_name(size)}")
     model = str(prepared.file(graph))
     session = library.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     feed = prepared.inputs(graph, size)
@@ -88,9 +89,9 @@ def profile(args: argparse.Namespace) -> None:
         for size, form in tqdm(turns * (args.rounds or 3), desc="profile", unit="run"):
             given = prepared, FORMS[form], size, args.threads, Path(name)
             own = pool.submit(node_times, *given).result()
-            known = found[cli.size_name(size)].get(form, own)
+            known = found[size_name(size)].get(form, own)
             # The fastest process is the one that was disturbed least.
-            found[cli.size_name(size)][form] = min(own, known, key=lambda ops: sum(ops.values()))
+            found[size_name(size)][form] = min(own, known, key=lambda ops: sum(ops.values()))
     print(as_text(found))
     with atomic_write(args.out / "profile.json") as file:
         file.write(json.dumps(found, indent=1).encode() + b"\n")

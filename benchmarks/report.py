@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.contenders import CONTENDERS, GEMMS, Measured, Prepared, Size
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import relative_error
 
 REFERENCE = CONTENDERS[0]
@@ -99,7 +100,7 @@ def as_text(rows: list[Row], rates: dict[str, list[float]]) -> str:
             memory.append(f"{row.file_bytes / 1e6:.1f}" if row.file_bytes else "")
             ratios = [f"{row.faster[peer]:.2f}" for peer in peers]
             table.append([row.contender, *times, *memory, f"{row.error:.0e}", *ratios])
-        lines += [cli.size_name(size), cli.table(table), ""]
+        lines += [size_name(size), cli.table(table), ""]
     for name, found in rates.items():
         low, high = min(found) / 1e9, max(found) / 1e9
         lines.append(f"{name}: {high:.0f} GFLOP/s at best, {low:.0f} in the slowest process")

@@ -20,7 +20,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,11 +35,14 @@ from benchmarks.contenders import (
     write_graph,
 )
 from export.chunk import chunk_ffn
+from export.families.r2 import bundle as r2
 from export.families.r2 import graphs, parts
-from export.to_onnx import GraphSource, onnx_from_source, sources
+from export.to_onnx import GraphSource, onnx_from_source
 from reference.families.parts.layers import ATTENTION_EPSILON
+from reference.families.r2.model import R2Models
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import Array, TensorSpec, relative_error
 
 SIZES = [(16, 16), (64, 64)]
@@ -125,7 +127,7 @@ SHARED = "encoder once for all conditions"
 def forms(models: R2Models, size: Size) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
     """Module and inputs of the step graph, and of each form of it with a rewrite undone."""
     ours, plain = our_inputs(models, size), plain_inputs(models, size)
-    makers = {source.name: source.module for source in sources(models)}
+    makers = {source.name: source.module for source in r2.sources(models)}
     given = {
         "position": ("coordinates", plain["coordinates"], makers["r2id_position"]),
         "film": ("alpha_bar", plain["alpha_bar"], makers["r2id_film"]),
@@ -153,7 +155,7 @@ def exported(module: nn.Module, inputs: dict[str, Tensor], channels: int) -> Gra
         for name, tensor in inputs.items()
     )
     eps = TensorSpec("eps", "float32", (2, 1, channels, "height", "width"))
-    return GraphSource("r2id", module.eval(), specs, (eps,))
+    return GraphSource("r2id", "step", module.eval(), specs, (eps,))
 
 
 def prepare(folder: Path, config: str, sizes: list[Size]) -> tuple[Prepared, dict[str, str]]:
@@ -166,7 +168,7 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> tuple[Prepared, dic
         files[name] = kind = f"form{number}"
         for size, own in made.items():
             arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in own[name][1].items()}
-            np.savez(folder / f"{kind}-{cli.size_name(size)}.npz", **arrays)
+            np.savez(folder / f"{kind}-{size_name(size)}.npz", **arrays)
         function, other = PATCHED.get(name, ("parts.positive", parts.positive))
         with patch(f"export.{function}", other):  # looked up as the module is traced
             source = exported(module, inputs, channels)
@@ -180,14 +182,14 @@ def rewrites(args: argparse.Namespace) -> None:
     """Export every form, time them in turns, print and write what each rewrite gains."""
     args.out.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    rows: list[list[str]] = [["rewrite", *map(cli.size_name, args.sizes)]]
+    rows: list[list[str]] = [["rewrite", *map(size_name, args.sizes)]]
     gains: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name, pool:
         prepared, files = pool.submit(prepare, Path(name), args.config, args.sizes).result()
         for size in args.sizes:
             times = timed(pool, prepared, files, size, args)
             own = {name: times[name] / times[WHOLE] for name in files if name != WHOLE}
-            gains[cli.size_name(size)] = {name: round(gain, 3) for name, gain in own.items()}
+            gains[size_name(size)] = {name: round(gain, 3) for name, gain in own.items()}
     for name in files:
         if name != WHOLE:
             rows.append([name, *(f"{own[name]:.2f}×" for own in gains.values())])
@@ -207,7 +209,7 @@ def timed(
     seconds: dict[str, list[float]] = {name: [] for name in files}
     eps: Array | None = None
     turns = [*files.items()] * (args.rounds or 3)
-    for name, kind in tqdm(turns, desc=cli.size_name(size), unit="run"):
+    for name, kind in tqdm(turns, desc=size_name(size), unit="run"):
         contender = Contender(name, "cpu", kind)
         found = pool.submit(measure, prepared, contender, size, args.threads, SECONDS).result()
         seconds[name] += found.seconds

@@ -48,8 +48,7 @@ def picture(axes: Any, image: np.ndarray, x: float, y: float, text: str, side: f
 def trajectory(pipeline: Any) -> list[np.ndarray]:
     """The latent at the shown steps."""
     request = Request([LABEL], LATENT, steps=STEPS, guidance_scale=3.0, seed=SEED)
-    conditions, weights = request.branches(pipeline.model.condition.labels)
-    denoise = pipeline.denoiser(conditions, LATENT, STEPS)
+    denoise, weights = pipeline.diffuser.denoiser(request, LATENT)
     seen: list[np.ndarray] = []
 
     def watch(x: np.ndarray, step: int) -> np.ndarray:

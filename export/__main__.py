@@ -76,11 +76,17 @@ def write_graph(
     """A graph's file in a folder of ours, its spec and its parity on ONNX Runtime."""
     data = model.SerializeToString(deterministic=True)
     path.write_bytes(data)
+    spec = spec_of(source, data, path.name, interface)
+    return replace(spec, parity=parity(source, data, sides_of(source, interface)))
+
+
+def spec_of(source: GraphSource, data: bytes, file: str, interface: Interface) -> GraphSpec:
+    """A graph's entry in a manifest, but for its parity."""
     sides = sides_of(source, interface)
     ranges = {axis: Range(1, most) for axis, most in LARGEST.items()}
     ranges |= {"height": sides, "width": sides}
     return GraphSpec(
-        file=path.name,
+        file=file,
         sha256=sha256(data),
         precision="fp32",
         lifetime=source.lifetime,
@@ -88,7 +94,6 @@ def write_graph(
         outputs=source.outputs,
         ranges={axis: legal for axis, legal in ranges.items() if axis in source.axes},
         floats_per_pixel=source.floats_per_pixel,
-        parity=parity(source, data, sides),
     )
 
 

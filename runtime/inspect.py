@@ -143,12 +143,12 @@ def trajectory_text(trajectory: "Trajectory | None") -> str:
 
 def graph_table(manifest: "Manifest", states: dict[str, str]) -> str:
     """Each graph's lifetime, precision, file and legal range of every axis."""
-    rows = [["graph", "lifetime", "precision", "size", "file", "axes"]]
+    rows = [["graph", "lifetime", "form", "file", "axes"]]
     for _, spec in manifest.forms():
-        size, name = _size(manifest.folder / spec.file), Path(spec.file).stem
+        state, name = states[spec.file], Path(spec.file).stem
+        file = _size(manifest.folder / spec.file) if state == "ok" else state
         ranges = {axis: (own.minimum, own.maximum) for axis, own in spec.ranges.items()}
-        row = [name, spec.lifetime, spec.precision, size, states[spec.file], axes_text(ranges)]
-        rows.append(row)
+        rows.append([name, spec.lifetime, spec.precision, file, axes_text(ranges)])
     return cli.table(rows)
 
 

@@ -20,6 +20,11 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 ROOT = Path(__file__).parents[1]
+# The graphs of R2 that lower precisions are made of.
+HEAVY = (
+    *("r2id", "r2ir_image_summary", "r2ir_encode"),
+    *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
+)
 TINY = ROOT / "build" / "tiny"
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 # Random weights have outliers that trained ones have not, hence the budget.

@@ -34,11 +34,11 @@ def check_steps(diffuser: Diffuser, request: Request, latent: Size, images: int)
     conditions, _ = diffuser.branches(request)
     distinct = np.unique(conditions.reshape(-1, conditions.shape[2]), axis=0)
     sizes = {"height": latent[0], "width": latent[1], "batch": images, "steps": request.steps + 1}
-    for name in diffuser.kept:
-        diffuser.engines.check(name, sizes | {"conditions": len(distinct)})
     forms = {diffuser.engines.options.form}
     if diffuser.exact_steps(request.steps):
         forms.add("fp32")
     for form in forms:  # each has a plan, and profiles, of its own
         own = sizes | {"conditions": len(conditions)}
         diffuser.engines.check(diffuser.step_graph, own, form)
+    for name in diffuser.kept:
+        diffuser.engines.check(name, sizes | {"conditions": len(distinct)})

@@ -24,7 +24,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.published import PublishedR2ID
 from benchmarks.report import as_text, evenness, gemm_rates, rows_of
-from export.to_onnx import sources
+from export.families.r2 import bundle as r2
 from tests.conftest import ROOT, Command
 from tests.runtime.test_faults import LINUX
 
@@ -51,7 +51,7 @@ def test_the_published_width_costs_what_its_layers_cost() -> None:
     """Per token: 8 encoder blocks once, 8 decoder blocks twice; the rewrites save a tenth."""
     models, size = build("published"), (24, 24)
     d, heads, channels = 192, 6, 64
-    step = {source.name: source.module for source in sources(models)}["r2id"]
+    step = {source.name: source.module for source in r2.sources(models)}["r2id"]
     with torch.inference_mode():
         plain = count_flops(PublishedR2ID(models), plain_inputs(models, size))
         ours = count_flops(step, our_inputs(models, size))

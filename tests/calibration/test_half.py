@@ -8,17 +8,17 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnxruntime.transformers.float16 import convert_float_to_float16
-from runtime.pipeline.pipeline import open_bundle
 
 from calibration import half
-from calibration.samples import HEAVY, Arrays, Samples
+from calibration.samples import Arrays, Samples
 from runtime.bundle.files import LOCK_NAME, TEMPORARY_PREFIX
 from runtime.bundle.manifest import GraphSpec, Manifest, read_manifest
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
-from tests.conftest import Command
+from runtime.pipeline.bundle import open_bundle
+from tests.conftest import HEAVY, Command
 
 HALF_TYPES = set(half.HALVES.values())
 
@@ -55,17 +55,17 @@ def test_every_size_is_checked(manifest: Manifest) -> None:
             assert (spec.inputs, spec.outputs, spec.ranges) == (
                 *(fp32.inputs, fp32.outputs, fp32.ranges),
             )
-            errors = [row["error"] for row in spec.parity]
+            errors = [row.error for row in spec.parity]
             assert len(errors) == len(fp32.parity) + len(half.LARGE)
             # fp32 graphs differ by 1e-6 at most: anything above is real rounding to half.
             assert 2e-5 < max(errors) <= half.BOUNDS[precision]
-            rows = [{k: v for k, v in row.items() if k != "error"} for row in spec.parity]
+            rows = [row.sizes for row in spec.parity]
             assert {(row["height"], row["width"]) for row in rows} >= {
                 *half.LARGE,
                 (1, 1),
                 (31, 64),
             }
-    ratio = [max(r["error"] for r in manifest.variants[p]["r2id"].parity) for p in half.HALVES]
+    ratio = [max(r.error for r in manifest.variants[p]["r2id"].parity) for p in half.HALVES]
     assert 4 < ratio[1] / ratio[0] < 16  # bf16 has three bits less
 
 
@@ -196,7 +196,7 @@ def test_fp16_where_the_naive_form_overflows(manifest: Manifest) -> None:
     assert fails == [False, True]
     inputs["latent"] = inputs["latent"] * 16
     half.check(
-        run(ours, spec, inputs), samples.pipeline.engines.open("r2id").run(inputs), "fp16", "16x"
+        run(ours, spec, inputs), samples.bundle.engines.open("r2id").run(inputs), "fp16", "16x"
     )
 
 
@@ -247,7 +247,7 @@ def test_a_rerun_replaces_and_may_be_killed(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(half, "LARGE", ())
-    monkeypatch.setattr(half, "HEAVY", ("r2ir_encode",))
+    monkeypatch.setattr(half, "heavy", lambda manifest: ["r2ir_encode"])
     args = argparse.Namespace(bundle=own_bundle, precision=["fp16"])
     half.add_variants(args)
     (own_bundle / "r2ir_encode.fp16.onnx").write_bytes(b"damaged")
@@ -285,7 +285,9 @@ def test_drawing_in_fp16(half_bundle: Path, tmp_path: Path, command: Command) ->
 
 def test_bf16_starts_in_fp32_and_fp16_does_not(half_bundle: Path) -> None:
     exact = {
-        precision: open_bundle(half_bundle, EngineOptions(precision=precision)).exact_steps(50)
+        precision: open_bundle(
+            half_bundle, EngineOptions(precision=precision)
+        ).diffuser.exact_steps(50)
         for precision in ("fp32", "fp16", "bf16")
     }
     assert exact == {"fp32": 0, "fp16": 0, "bf16": 2}

@@ -10,22 +10,22 @@ import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
-from runtime.pipeline.pipeline import open_bundle
 
 from calibration import __main__ as calibrate
 from calibration import choices
 from calibration.choices import Probe, choose
 from calibration.half import half_tensors, moving_axes
 from calibration.quantize import FORMS, Layer, layers, quantized, token_ranges
-from calibration.samples import HEAVY, Sample, Samples, Settings, calibration_set, load
+from calibration.samples import Sample, Samples, Settings, calibration_set, load
 from runtime.bundle.files import TEMPORARY_PREFIX
 from runtime.bundle.manifest import Array, GraphSpec, Manifest, read_manifest
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
+from runtime.pipeline.bundle import open_bundle
 from runtime.sampling.request import Request
-from tests.conftest import Command
+from tests.conftest import HEAVY, Command
 
 
 @pytest.fixture
@@ -53,9 +53,11 @@ def test_every_form_is_there_and_checked_at_every_size(manifest: Manifest) -> No
         assert own.keys() == {*HEAVY}
         for name, spec in own.items():
             assert (spec.file, spec.precision) == (f"{name}.{precision}.onnx", precision)
-            sizes = {(row["height"], row["width"]) for row in manifest.graphs[name].parity}
-            assert {(row["height"], row["width"]) for row in spec.parity} == sizes
-            errors = [row["error"] for row in spec.parity]
+            sizes = {
+                (row.sizes["height"], row.sizes["width"]) for row in manifest.graphs[name].parity
+            }
+            assert {(row.sizes["height"], row.sizes["width"]) for row in spec.parity} == sizes
+            errors = [row.error for row in spec.parity]
             assert 1e-4 < max(errors) < np.inf
             fp32 = (manifest.folder / manifest.graphs[name].file).stat().st_size
             assert len(manifest.file_bytes(spec)) < 0.95 * fp32
@@ -316,8 +318,8 @@ def test_a_trajectory_starts_in_fp32(quantized_bundle: Path) -> None:
     exact, ours = (
         open_bundle(quantized_bundle, EngineOptions(precision=p)) for p in ("fp32", "int8")
     )
-    assert [ours.exact_steps(steps) for steps in (1, 3, 50, 1000)] == [1, 1, 2, 21]
-    assert exact.exact_steps(1000) == 0
+    assert [ours.diffuser.exact_steps(steps) for steps in (1, 3, 50, 1000)] == [1, 1, 2, 21]
+    assert exact.diffuser.exact_steps(1000) == 0
     for steps, same in ((1, True), (3, False)):
         drawn = []
         for pipeline in (exact, ours):

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runtime.pipeline.pipeline import open_bundle
 
 from calibration import digits, report
-from calibration.samples import HEAVY
 from runtime.bundle.manifest import read_manifest
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
-from tests.conftest import Command
+from runtime.pipeline.bundle import open_bundle
+from tests.conftest import HEAVY, Command
 
 
 def test_the_command(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from calibration import samples
-from calibration.samples import HEAVY, Settings, calibration_set, coverage, fingerprint
+from calibration.samples import Settings, calibration_set, coverage, fingerprint
 from runtime.bundle.manifest import read_manifest
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
 from runtime.sampling.request import Request
-from tests.conftest import Command
+from tests.conftest import HEAVY, Command
 
 FEW = Settings(
     sizes=((4, 4), (3, 5)), guidance_scales=(0.0, 1.0, 2.0), steps=3, every=1, pictures=2, seed=5
@@ -46,7 +46,7 @@ def test_whole_trajectories_at_every_size_and_scale(own_bundle: Path) -> None:
 
 
 def test_a_trajectory_s_samples_are_the_sampler_s_own(own_bundle: Path) -> None:
-    """The last latent recorded is what `Pipeline.diffuse` ends in."""
+    """The last latent recorded is what `Bundle.diffuse` ends in."""
     manifest = read_manifest(own_bundle)
     found = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
     own = [s for s in found if s.graph == "r2id" and s.size == (4, 4) and s.guidance_scale == 2]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from export import to_onnx, verify
+from export.families.r2 import bundle as r2
 from export.families.r2 import graphs
 from reference.families.r2.model import R2Models
 from runtime.bundle.manifest import read_manifest, relative_error
@@ -102,17 +103,18 @@ def test_the_bundle_is_whole_and_measured(tiny_bundle: Path) -> None:
         for wanted, value in zip(spec.inputs, model.graph.input, strict=True):
             dims = value.type.tensor_type.shape.dim
             assert tuple(d.dim_param or d.dim_value for d in dims) == wanted.axes
-        assert spec.parity and all(0 <= row["error"] <= verify.TOLERANCE for row in spec.parity)
-    rows = manifest.graphs["r2id"].parity
+        assert spec.parity and all(0 <= row.error <= verify.TOLERANCE for row in spec.parity)
+    rows = [row.sizes for row in manifest.graphs["r2id"].parity]
     assert {(r["height"], r["width"]) for r in rows} >= {(1, 1), (1, 9), (7, 5), (31, 64)}
     assert {r["batch"] for r in rows} == {1, 3} and {r["conditions"] for r in rows} == {1, 2, 3}
-    assert manifest.trajectory["latent"] <= verify.TRAJECTORY_TOLERANCE
-    assert manifest.labels == tuple("abcdefghij")
+    assert manifest.trajectory is not None
+    assert manifest.trajectory.errors["latent"] <= verify.TRAJECTORY_TOLERANCE
+    assert manifest.interface.labels == tuple("abcdefghij")
 
 
 def test_a_graph_that_differs_stops_the_export(models: R2Models) -> None:
     """The parity check fails for outputs off by 3e-4, for NaN and for another shape."""
-    source = next(s for s in to_onnx.sources(models) if s.name == "r2id_film")
+    source = next(s for s in r2.sources(models) if s.name == "r2id_film")
 
     model = to_onnx.onnx_from_source(source)
     largest = max(float(source.module(a).detach().abs().max()) for a in torch.eye(2))
@@ -127,10 +129,10 @@ def test_a_graph_that_differs_stops_the_export(models: R2Models) -> None:
         graph.node.append(onnx.helper.make_node("Add", ["exact", "added"], ["film"]))
         return own.SerializeToString()
 
-    verify.parity(source, altered(0.0))
+    verify.parity(source, altered(0.0), r2.SIDES)
     for change in (3e-4, np.nan, np.inf):
         with pytest.raises(ArtefactError, match="differs from PyTorch by"):
-            verify.parity(source, altered(change))
+            verify.parity(source, altered(change), r2.SIDES)
     assert relative_error(np.zeros((2, 1)), np.zeros((1, 2))) == np.inf
 
 
@@ -138,11 +140,11 @@ def test_a_wrong_rewrite_is_caught_by_the_trajectory(models: R2Models, tiny_bund
     other = copy.deepcopy(models)
     other.get_parameter("r2id.decoder.1.cross.out.bias").add_(0.05)
     with pytest.raises(ArtefactError, match="DDIM steps through the graphs differ"):
-        verify.trajectory_parity(other, read_manifest(tiny_bundle))
+        verify.trajectory_parity(r2, other, read_manifest(tiny_bundle))
 
 
 def test_a_baked_in_size_stops_the_export(models: R2Models) -> None:
-    source = next(s for s in to_onnx.sources(models) if s.name == "r2id_position")
+    source = next(s for s in r2.sources(models) if s.name == "r2id_position")
     model = to_onnx.onnx_from_source(source)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 7
     with pytest.raises(ArtefactError, match=r"has 7 where 'width' is expected: .* baked"):
@@ -158,7 +160,7 @@ def test_a_failed_export_leaves_the_old_bundle(
     done = command("export", *args)
     assert done.returncode == 3 and "safetensors" in done.stderr
     assert {p.name: p.read_bytes() for p in own_bundle.iterdir()} == before
-    assert json.loads(before["manifest.json"])["format"] == 2
+    assert json.loads(before["manifest.json"])["format"] == 3
 
 
 def test_an_export_into_a_file_is_refused(

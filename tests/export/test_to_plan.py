@@ -108,7 +108,7 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
     """The step graph with its update, on ONNX Runtime, against ddim.sample."""
     manifest = read_manifest(tiny_bundle)
     spec = manifest.graph("r2id")
-    interface, model = plans.with_update("r2id", spec, manifest.file_bytes(spec))
+    interface, model = plans.with_update(spec, manifest.file_bytes(spec))
     onnx.checker.check_model(onnx.load_from_string(model))
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     sizes = {"batch": 2, "conditions": 3, "height": 4, "width": 5}
@@ -132,7 +132,7 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
     )
     given["noise"][0, 0, 0, 0] = np.nan
     assert np.isnan(session.run(["size"], given)[0]).all()
-    assert plans.with_update("r2id_film", manifest.graph("r2id_film"), b"")[1] == b""
+    assert plans.with_update(manifest.graph("r2id_film"), b"")[1] == b""
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_fp8_needs_sm89() -> None:
         [node], "g", [value("x", TensorProto.FLOAT, [2])], [value("y", 17, [2])]
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    spec = GraphSpec("g.onnx", "", "fp8", (), (), {})
+    spec = GraphSpec("g.onnx", "", "fp8", "step", (), (), {})
     job = plans.Job("g", spec, model.SerializeToString(), ())
     with pytest.raises(UsageError, match=r"y is FP8, which GPUs have from sm89 on; sm86"):
         plans.check_targets(job, ("sm89", "sm86"))
@@ -207,7 +207,7 @@ def test_a_graph_that_the_parser_refuses_gives_its_words(tmp_path: Path) -> None
     graph = helper.make_graph([node], "g", [value], [helper.make_empty_tensor_value_info("y")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     tensor = TensorSpec("x", "float32", (2,))
-    spec = GraphSpec("g.onnx", "", "fp32", (tensor,), (), {})
+    spec = GraphSpec("g.onnx", "", "fp32", "size", (tensor,), (), {})
     with pytest.raises(ArtefactError, match=r"cannot read it: odd \(NoSuchThing\): "):
         builder(tmp_path, ("sm89",)).plan(plans.Job("g", spec, model.SerializeToString(), ({},)))
 
@@ -313,7 +313,7 @@ def test_explain_prints_and_draws_the_profiles(
 
 def test_a_plan_from_fp16_interfaces_keeps_its_update_in_fp32(tiny_bundle: Path) -> None:
     spec = read_manifest(tiny_bundle).graph("r2id")
-    extra = plan_interface("r2id", spec).inputs[len(spec.inputs) :]
+    extra = plan_interface(spec).inputs[len(spec.inputs) :]
     assert {tensor.dtype for tensor in extra} == {"float32"}
     assert [tensor.name for tensor in extra] == ["weights", "keep", "noise"]
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference.families.r2.model import R2Models
 from safetensors.torch import load_file, save_file
 
 from reference import checkpoint, published
+from reference.families.parts.embeddings import frequencies
+from reference.families.parts.published import Published, Shapes
+from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
-from runtime.errors import ArtefactError, UsageError
+from runtime.errors import ArtefactError
 from tests.conftest import Command
 
 
@@ -87,7 +89,7 @@ def damage(path: Path, kind: str) -> str:
     elif kind == "config":
         metadata["config"] = json.dumps(json.loads(metadata["config"]) | {"surplus": 1})
     save_file(tensors, path, metadata)
-    return {"extra": "unexpected r2id.surplus", "config": "expected exactly"}.get(kind, name)
+    return {"extra": "unexpected r2id.surplus", "config": "unknown field `surplus`"}.get(kind, name)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +137,21 @@ def test_state_dicts_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r2ir.pt"
     path.write_bytes(b"no archive")
     with pytest.raises(ArtefactError):
-        published.read_state(path)
+        published.read_file(path)
     torch.save([1, 2], path)
     with pytest.raises(ArtefactError, match="holds list"):
-        published.read_state(path)
-    shapes = published.Shapes({"pos_embed.frequencies": torch.ones(4)}, path)
+        published.read_file(path)
+    torch.save({"step": 3}, path)
+    with pytest.raises(ArtefactError, match="holds step"):
+        published.read_file(path)
+    shapes = Shapes(Published(path, {"pos_embed.frequencies": torch.ones(4)}))
     with pytest.raises(ArtefactError, match="no tensor color_to_embed"):
         shapes.at("color_to_embed_proj.weight", 0)
-    with pytest.raises(UsageError, match="high frequencies"):
-        shapes.low("pos_embed.frequencies", 2)
+    with pytest.raises(ArtefactError, match="expected octaves of π"):
+        shapes.split("pos_embed.frequencies")
+
+
+def test_the_split_of_frequencies_is_read_off_the_stored_ones(tmp_path: Path) -> None:
+    for high, low in ((10, 6), (9, 7), (3, 0), (0, 2)):
+        shapes = Shapes(Published(tmp_path / "r2ir.pt", {"f": frequencies(high, low)}))
+        assert shapes.split("f") == (high, low)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from reference.classifier import middle
 from reference.evaluate import GENERATION_SIZES, NOISE_SIZES
-from runtime.cli import size_name
+from runtime.bundle.interface import size_name
 from runtime.sampling.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST

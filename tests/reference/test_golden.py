@@ -41,8 +41,6 @@ class Golden:
         options = {
             "--r2ir-heads": meta["r2ir"]["num_heads"],
             "--r2id-heads": meta["r2id"]["num_heads"],
-            "--high-frequencies": meta["r2ir"]["pos_high_freq"],
-            "--time-high-frequencies": meta["r2id"]["time_high_freq"],
         }
         flags = [str(item) for pair in options.items() for item in pair]
         args: argparse.Namespace = published.parser().parse_args([*paths, str(out), *flags])

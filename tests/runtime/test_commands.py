@@ -77,7 +77,7 @@ def test_a_preview_is_written_first_and_is_a_request_of_its_own(
         (("--latent", "8"), "no size"),
         (("--latent=-1x4",), "no size"),
         (("--latent", "1e9x4"), "no size"),
-        (("--image", "8x99999"), "the nearest is 8x65536"),
+        (("--image", "8x99999"), "the nearest legal size is 8x65536. Pass --image 8x65536"),
         (("--label", "10"), "label 10"),
         (("--label", "5-2"), "no list"),
         (("--guidance", "nan"), "expected a number from -100 to 100"),

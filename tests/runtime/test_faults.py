@@ -65,7 +65,7 @@ def model(graph: bytes) -> bytes:
 def spec_of(data: bytes) -> GraphSpec:
     inputs = (TensorSpec("x", "float32", (4,)),)
     outputs = (TensorSpec("y", "float32", (4,)),)
-    return GraphSpec("sum.onnx", sha256(data), "fp32", inputs, outputs, {})
+    return GraphSpec("sum.onnx", sha256(data), "fp32", "size", inputs, outputs, {})
 
 
 def test_a_graph_that_holds_its_weights_is_opened() -> None:

@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from runtime.bundle.manifest import read_manifest
 from runtime.providers import PROVIDERS
@@ -74,7 +75,7 @@ def test_json_holds_the_whole_manifest(tiny_bundle: Path, command: Command) -> N
     content = json.loads(command("runtime.inspect", tiny_bundle, "--json").stdout)
     manifest = read_manifest(tiny_bundle)
     assert content["sha256"] == manifest.sha256
-    assert content["graphs"] == json.loads(json.dumps(asdict(manifest)["graphs"]))
+    assert content["graphs"] == json.loads(msgspec.json.encode(manifest.graphs))
     assert set(content["files"].values()) == {"ok"}
     assert command("runtime.inspect", tiny_bundle, "--expect-sha256", "0" * 64).returncode == 3
 

@@ -150,8 +150,11 @@ def test_eight_threads_draw_what_one_draws(pipeline: Bundle) -> None:
     [
         ({"labels": [10]}, "label 10 is not in this bundle; expected 0 to 9"),
         ({"labels": []}, "no label"),
-        ({"latent": (0, 8)}, "the nearest is 1x8"),
-        ({"image": (1, 1 << 20)}, "the nearest is 1x65536"),
+        (
+            {"latent": (0, 8)},
+            "latent 0x8: .* 1 to 65536; the nearest legal size is 1x8",
+        ),
+        ({"image": (1, 1 << 20)}, "the nearest legal size is 1x65536"),
         ({"steps": 0}, "steps is 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"seed": -1}, "seed is -1"),
@@ -161,9 +164,9 @@ def test_eight_threads_draw_what_one_draws(pipeline: Bundle) -> None:
         ({"latent": (4, 6), "continue_at": (8, 8)}, r"as 8x12"),
         ({"latent": (4, 6), "continue_at": (2, 3)}, "a larger size"),
         ({"continue_at": (8, 8), "continue_from": 50}, "continue_from is 50 of 50"),
-        ({"continue_at": (30_000, 30_000), "image": (8, 8)}, "outside the range of r2ir_decode"),
+        ({"continue_at": (30_000, 30_000), "image": (8, 8)}, "image 120000x120000"),
         ({"continue_at": (8, 8), "steps": 1}, "continue_from is 0 of 1"),
-        ({"continue_at": (1 << 20, 1 << 20), "image": (8, 8)}, "outside the range of r2id"),
+        ({"continue_at": (1 << 20, 1 << 20), "image": (8, 8)}, "continue-at 1048576x1048576"),
     ],
 )
 def test_bad_requests_are_refused_before_any_engine(
@@ -226,11 +229,13 @@ def test_bytes_that_match_but_are_no_graph_are_refused(own_bundle: Path) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 99}, "format 99; this version reads 2"),
-        ({"graphs": {}}, "names no graph r2id"),
-        ({"graphs": {"r2id": {}}}, "not a manifest"),
-        ({"model": {"name": "x"}}, "expected exactly"),
-        ({"labels": None}, "not a manifest"),
+        ({"format": 2}, "format 2; this version reads 3. Make .* python -m export --checkpoint"),
+        ({"graphs": {}}, "no graph of the resampler has the lifetime and tensors of read_image"),
+        ({"graphs": {"r2id": {}}}, r"missing required field `file` - at `\$.graphs\[...\]`"),
+        ({"interface": {"name": "a\nb"}}, r"matching regex .* at `\$.interface.name`"),
+        ({"versions": {"torch": 2}}, r"Expected `str`, got `int` - at `\$.versions\[...\]`"),
+        ({"model": {"name": "x"}}, "unknown field `model`"),
+        ({"schedule": {"name": "linear"}}, "Invalid value 'linear' - at `\\$.schedule.name`"),
     ],
 )
 def test_edited_manifests_are_refused(

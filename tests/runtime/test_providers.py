@@ -1,12 +1,13 @@
 """Execution providers: the table, options, profiles, and every way of falling back."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from runtime import open_bundle
+from runtime.bundle.interface import Range
 from runtime.bundle.manifest import GraphSpec, PlanSpec, read_manifest
 from runtime.engines import EngineOptions, open_engine
 from runtime.engines import onnxruntime as engine_module
@@ -138,7 +139,7 @@ def test_an_engine_gets_the_profiles_of_its_plan(
     assert options == {"trt_profile_min_shapes": "coordinates:1x2x4", **own} | {
         "trt_profile_max_shapes": "coordinates:64x64x4"
     }
-    assert spec.ranges["height"] == (1, 64)
+    assert spec.ranges["height"] == Range(1, 64)
     assert all(options == own for _, options in others)
 
 

@@ -138,10 +138,10 @@ from runtime.images.pixels import ImageFile, save_rows, to_uint8
 p = open_bundle({bundle!r})
 state = p.state(np.ones((1, 4, 4, 4), np.float32))
 size = ({height}, 1024)
-bands = map(to_uint8, p.draw(state, size))
+bands = map(to_uint8, p.resampler.draw(state, size))
 save_rows(Path({out!r}), bands, (*size, 1), {{}})
 with ImageFile(Path({out!r}), 1) as image:
-    p.encode_windows(image, image.size, (4, 4))
+    p.resampler.encode_windows(image, image.size, (4, 4))
 """
     small, large = (
         peak(code.format(bundle=str(tiny_bundle), out=str(tmp_path / "a.png"), height=h))

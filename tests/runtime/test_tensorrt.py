@@ -6,13 +6,13 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from runtime import open_bundle
 from runtime.bundle.files import exclusive, sha256
@@ -27,6 +27,7 @@ from runtime.errors import (
 )
 from runtime.pipeline.bundle import Bundle
 from runtime.sampling.request import Request
+from runtime.sampling.schedule import sampling_alpha_bar
 from tests.conftest import Command, poison_film
 from tests.runtime.simulated import Cuda, Library
 
@@ -119,11 +120,11 @@ def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     engine = pipeline.engines.open("r2id")
     assert isinstance(engine, SamplingEngine)
     request = Request([1], (6, 7), steps=5)
-    conditions, weights = request.branches(pipeline.model.condition.labels)
-    inputs, film = pipeline.step_inputs(conditions, (6, 7), 5)
+    conditions, weights = pipeline.diffuser.branches(request)
+    inputs = pipeline.diffuser.inputs(conditions, (6, 7), sampling_alpha_bar(5))
     noise = pipeline.diffuser.noise(request, request.latent)
-    updates = list(pipeline.updates(film, weights, noise, request, (0, 5)))
-    given = {"latent": noise.draw(), **inputs, **updates[0]}
+    updates = list(pipeline.diffuser.updates(inputs, weights, noise, request, (0, 5)))
+    given = {"latent": noise.draw(), **inputs.fixed, **updates[0]}
     library.cuda.copies.clear()
     latent = engine.sample(given, updates).nbytes
     copies = library.cuda.copies

@@ -3,6 +3,7 @@
 import io
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from runtime.coordinates import Grid, grid
 from runtime.engines import EngineOptions
 from runtime.errors import ArtefactError, ResourceError, UsageError
 from runtime.memory import resident
-from runtime.pipeline import tiles
+from runtime.pipeline import tiler, tiles
 from runtime.pipeline.bundle import Bundle
-from runtime.pipeline.tiles import Resampler, bands, sample_places, window_of
+from runtime.pipeline.resampler import Resampler
+from runtime.pipeline.tiles import bands, sample_places, window_of
 
 SIDES = st.integers(1, 60)
 SINGLE = EngineOptions(threads=1)
@@ -34,6 +36,11 @@ def pipeline(tiny_bundle: Path) -> Bundle:
 @pytest.fixture(scope="module")
 def latent() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((1, 4, 3, 5), np.float32)
+
+
+def resampler_of(bundle: Bundle) -> Resampler:
+    assert isinstance(bundle.resampler, Resampler)
+    return bundle.resampler
 
 
 def untiled(pipeline: Bundle, latent: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -97,7 +104,7 @@ def test_tiles_of_any_size_give_the_same_pixels(
     pipeline: Bundle, latent: np.ndarray, pixels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = pipeline.decode(latent, LARGE)
-    monkeypatch.setattr(tiles, "LARGEST_TILE", pixels)
+    monkeypatch.setattr(tiler, "LARGEST_TILE", pixels)
     np.testing.assert_allclose(pipeline.decode(latent, LARGE), wanted, rtol=0, atol=TOLERANCE)
 
 
@@ -121,7 +128,7 @@ def test_little_memory_changes_no_pixel(
 ) -> None:
     """Where the sample does not fit at once its ratios are counted in passes over its parts."""
     pipeline, opened = open_bundle(tiny_bundle, SINGLE), ("r2ir_decode", "fp32")
-    monkeypatch.setattr("runtime.pipeline.pipeline.resident", lambda: 1000)
+    monkeypatch.setattr("runtime.pipeline.resampler.resident", lambda: 1000)
     for size in ((31, 40), LARGE):
         wanted = pipeline.decode(latent, size)
         decode = pipeline.engines.open("r2ir_decode")
@@ -134,7 +141,7 @@ def test_little_memory_changes_no_pixel(
 
 def test_no_seams(pipeline: Bundle, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps from row to row are alike across and inside tiles, in every column of tiles."""
-    monkeypatch.setattr(tiles, "LARGEST_TILE", 5 * 200)
+    monkeypatch.setattr(tiler, "LARGEST_TILE", 5 * 200)
     image = pipeline.decode(latent, (200, 200))[0, 0].astype(np.float64)
     steps = np.abs(np.diff(image, axis=0)).mean(1)
     borders = np.arange(4, 199, 5)
@@ -177,7 +184,7 @@ def test_an_image_is_encoded_by_tiles(
     summary = pipeline.engines.open("r2ir_image_summary")
     sums = summary.run({"pixels": image, "coordinates": grid(57, 83)})
     wanted = pipeline.engines.open("r2ir_encode").run({"coordinates": grid(4, 6), **sums})["latent"]
-    monkeypatch.setattr(tiles, "LARGEST_TILE", pixels)
+    monkeypatch.setattr(tiler, "LARGEST_TILE", pixels)
     found = pipeline.encode(image, (4, 6))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
 
@@ -185,17 +192,21 @@ def test_an_image_is_encoded_by_tiles(
 def test_memory_chooses_the_tile_and_says_what_is_missing(
     pipeline: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    own = resampler_of(pipeline).tiler()
+
     def tile(pixels: int, *graphs: str) -> int:
-        room = tiles.bytes_needed("r2ir_render", 16, pixels)
-        return Resampler(pipeline.engine, 16, room).tile("r2ir_render", *graphs)
+        room = own.bytes_needed("r2ir_render", pixels)
+        return replace(own, room=room).tile("r2ir_render", *graphs)
 
     assert [tile(n) for n in (9999, 4096, 4095, 64, -1)] == [4096, 4096, 2048, 64, 64]
     assert tile(4096, "r2ir_response") == 1024  # both at once
     monkeypatch.setattr(tiles, "resident", lambda: 100_000_000)
-    enough = 100_000_000 + tiles.bytes_needed("r2ir_render", 16, 64)
-    tiles.check_memory(enough, 16, ["r2ir_render"])
+    each = own.bytes_needed("r2ir_render", 1)
+    assert each == 4 * 24 * 16
+    enough = 100_000_000 + 64 * each
+    tiles.check_memory(enough, each)
     with pytest.raises(ResourceError, match=r"holds 100MB and needs 101MB .* --memory 101MB"):
-        tiles.check_memory(enough - 1, 16, ["r2ir_render"])
+        tiles.check_memory(enough - 1, each)
     with pytest.raises(ResourceError, match="--memory"):
         pipeline.encode(np.zeros((1, 1, 8, 8), np.float32), (64, 64), memory=100_000_000)
 
@@ -233,7 +244,7 @@ def test_states_that_are_not_whole_are_refused(
     path = tmp_path / "state.npz"
     state = pipeline.state(latent)
     state.save(path)
-    whole = path.read_bytes()
+    whole, sums = path.read_bytes(), dict(state.arrays)
     plain = io.BytesIO()
     with zipfile.ZipFile(plain, "w") as archive:
         archive.writestr("kv.npy", b"no array")
@@ -241,12 +252,12 @@ def test_states_that_are_not_whole_are_refused(
         (b"", "no decode state"),
         (whole[:-40], "no decode state"),
         (plain.getvalue(), "expected"),
-        (altered(whole, k=None), "expected"),
+        (altered(whole, bundle=None), "expected"),
         (altered(whole, more=1), "expected"),
         (altered(whole, metadata="[]"), "expected float32"),
         (altered(whole, metadata="{"), "no decode state"),
-        (altered(whole, kv=state.kv.astype(np.float64)), "float64"),
-        (altered(whole, k=state.k[:, :1]), "expected float32"),
+        (altered(whole, kv=state.arrays["kv"].astype(np.float64)), "float64"),
+        (altered(whole, k=state.arrays["k"][[0, 0]]), "as many images"),
         (altered(whole, k=np.array([{}], object)), "no decode state"),  # a pickle is not run
     ]
     for data, words in changes:
@@ -254,9 +265,10 @@ def test_states_that_are_not_whole_are_refused(
         with pytest.raises(ArtefactError, match=words):
             DecodeState.load(path)
     broken: list[tuple[Callable[[], DecodeState], str]] = [
-        (lambda: DecodeState(state.kv, state.k * np.nan, state.bundle), "finite"),
-        (lambda: DecodeState(state.kv[:, :1], state.k[:, :1], state.bundle), r"\[B, 2, 16\]"),
-        (lambda: DecodeState(state.kv, state.k, "0" * 64), "Pass its bundle"),
+        (lambda: DecodeState(sums | {"k": sums["k"] * np.nan}, state.bundle), "finite"),
+        (lambda: DecodeState(sums | {"k": sums["k"][:, :1]}, state.bundle), r"\[batch, 2, 16\]"),
+        (lambda: DecodeState({"kv": sums["kv"]}, state.bundle), r"k is \(\); expected"),
+        (lambda: DecodeState(sums, "0" * 64), "Pass its bundle"),
     ]
     for make, words in broken:
         with pytest.raises(ArtefactError, match=words):

@@ -73,6 +73,7 @@ class Shapes:
         low = int((stored < 0.75 * math.pi).sum())
         if not torch.allclose(stored, frequencies(count - low, low), rtol=2e-3):
             raise ArtefactError(
-                f"{self.path}: {key} is not π·2^(i - {low}); expected a published checkpoint"
+                f"{self.path}: {key} holds {stored.tolist()}; expected octaves of π that begin at "
+                "π or below it. Pass a published checkpoint"
             )
         return count - low, low
