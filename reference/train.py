@@ -29,7 +29,9 @@ from reference import checkpoint
 from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
 from reference.families import FAMILIES, R2, Family
 from reference.families.parts.models import Models
-from reference.families.parts.training import Stage, Step, Task
+from reference.families.parts.training import WEIGHTS, Stage, Step, Task
+from reference.optimizers import KINDS as OPTIMIZERS
+from reference.optimizers import Optimizers
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
 from runtime.errors import NumericalError, UsageError
@@ -40,8 +42,6 @@ KEYS = frozenset(
     {"steps", "batch", "optimizer", "learning_rate", "final_rate", "warmup", "decay"}
     | {"weight_decay", "clip", "ema"}
 )
-OPTIMIZERS = ("adamw", "muon")
-BETAS = (0.9, 0.99)  # of AdamW, where a family's stages do not name them
 
 
 def family_in(config: dict[str, Any], name: str) -> Family:
@@ -69,16 +69,19 @@ def read_config(name: str) -> dict[str, Any]:
     check_keys(name, config, {"dataset", "seed", "image", "model"} | own)
     for stage in stages:
         check_keys(f"{name} [{stage.name}]", config[stage.name], KEYS | stage.keys)
-        if config[stage.name]["optimizer"] not in OPTIMIZERS:
-            raise UsageError(
-                f"--config {name} [{stage.name}]: optimizer is "
-                f"{config[stage.name]['optimizer']!r}; expected one of {OPTIMIZERS}"
-            )
-    if config["dataset"] not in DATASETS:
-        raise UsageError(
-            f"--config {name}: dataset is {config['dataset']!r}; expected one of {DATASETS}"
+        check_choice(
+            f"{name} [{stage.name}] optimizer", config[stage.name]["optimizer"], OPTIMIZERS
         )
+        weight = config[stage.name].get("loss_weight", WEIGHTS)[0]
+        check_choice(f"{name} [{stage.name}] loss_weight", weight, WEIGHTS)
+    check_choice(f"{name}: dataset", config["dataset"], DATASETS)
     return config
+
+
+def check_choice(what: str, found: Any, expected: tuple[str, ...]) -> None:
+    """Raise UsageError where a configuration's value is none of those that there are."""
+    if found not in expected:
+        raise UsageError(f"--config {what} is {found!r}; expected one of {expected}")
 
 
 def check_keys(name: str, section: dict[str, Any], expected: Set[str]) -> None:
@@ -105,69 +108,6 @@ class Speed:
     compile: bool
     bf16: bool
     save_every: int
-
-
-class Optimizers:
-    """AdamW, or Muon for the matrices inside the blocks and AdamW for the rest, as one.
-
-    Muon's updates are scaled to the size of AdamW's, so that both take one learning rate.
-    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"; Liu et al.,
-    "Muon is Scalable for LLM Training", eq. 4.
-    """
-
-    def __init__(self, task: Task, config: dict[str, Any]):
-        named, decay = dict(task.model.named_parameters()), config["weight_decay"]
-        matrices: list[dict[str, Any]] = []
-        others: list[dict[str, Any]] = []
-        for group in task.groups():
-            muon = {
-                name
-                for name in group.names
-                if config["optimizer"] == "muon"
-                and named[name].ndim == 2
-                and task.is_block_matrix(name)
-            }
-            own = {"weight_decay": decay if group.decayed else 0.0, "share": group.share}
-            for listed, names in ((matrices, muon), (others, set(group.names) - muon)):
-                if names:
-                    chosen = [named[name] for name in group.names if name in names]
-                    listed.append({"params": chosen, **own})
-        betas = tuple(config.get("betas", BETAS))
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, betas=betas, fused=True)
-        ]
-        if matrices:
-            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self, rate: float) -> None:
-        """One update with the learning rate `rate`."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate * group["share"]
-            part.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor of the state by `part.parameter.name`."""
-        return {
-            f"{number}.{index}.{name}": value
-            for number, part in enumerate(self.parts)
-            for index, own in part.state_dict()["state"].items()
-            for name, value in own.items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        packed = [part.state_dict() for part in self.parts]
-        for name, value in state.items():
-            number, index, key = name.split(".", 2)
-            own = packed[int(number)]["state"].setdefault(int(index), {})
-            own[key] = value.cpu() if key == "step" else value
-        for part, whole in zip(self.parts, packed, strict=True):
-            part.load_state_dict(whole)
 
 
 class Run:
@@ -259,7 +199,7 @@ class Run:
         model: nn.Module,
         loss_of: Callable[..., Tensor],
         inputs: tuple[Tensor, ...],
-        optimizer: "Optimizers",
+        optimizer: Optimizers,
         index: int,
     ) -> float:
         with torch.autocast(self.speed.device.type, torch.bfloat16, enabled=self.speed.bf16):
@@ -291,7 +231,7 @@ class Run:
         self,
         model: nn.Module,
         average: dict[str, Tensor],
-        optimizer: "Optimizers",
+        optimizer: Optimizers,
         progress: tuple[int, float, list[tuple[int, float]]],
     ) -> None:
         step, seconds, rows = progress
@@ -311,7 +251,7 @@ class Run:
             file.write(save_safetensors(contiguous, metadata))
 
     def _resume(
-        self, model: nn.Module, average: dict[str, Tensor], optimizer: "Optimizers"
+        self, model: nn.Module, average: dict[str, Tensor], optimizer: Optimizers
     ) -> tuple[int, float, list[tuple[int, float]]]:
         """Continue from the saved state, where there is one: (step, seconds, log rows)."""
         if not self.state_path.exists():

@@ -14,6 +14,7 @@ from reference.data import Images, fit, paint
 from reference.families.parts.models import Models
 from runtime.sampling import schedule
 
+WEIGHTS = ("uniform", "min-snr", "sigmoid")
 LEAST_ALPHA_BAR = 4.54e-5  # sigmoid(-10), where the sigmoid weight's schedule ends
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from reference.data import Images, fit
+from reference.data import Images
 from reference.families.parts.config import read
 from reference.families.parts.text import LabelCondition
 from reference.families.parts.training import (
@@ -31,7 +30,6 @@ from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid
 from runtime.sampling import schedule
 
-SUMMARISED_AT_ONCE = 256  # images
 DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
 KEYS = frozenset({"attention_dropout", "ffn_dropout", "jitter", "latent", "aspect", "square"})
 IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
@@ -129,18 +127,19 @@ class R2IDTask(R2Task):
         self.model, self.labels = R2IDModels(models), models.config.condition.labels
         self.pad, self.parts = images.pad, images.parts
         self.side = images.pixels.shape[-1]
-        kept = config["keep_summaries"] and not images.painted
-        self.summaries = summaries(models.r2ir, images) if kept else None
+        self.summaries: Summaries | None = None
+        if config["keep_summaries"] and not images.painted:
+            self.summaries = Summaries(models.r2ir, len(images), images.pixels.device)
 
     def latent(self, step: Step, size: tuple[int, int]) -> Tensor:
         """The images as latent tokens `[B, N, C]`; square ones from kept summaries."""
         shape = canvas(size, self.side)
         with torch.no_grad():
+            picture = step.picture(*shape, self.pad)
             if self.summaries is not None and shape == (self.side, self.side):
-                chosen = step.chosen
-                own = [(kv[chosen].float(), k[chosen].float()) for kv, k in self.summaries]
-                return self.r2ir.encode_summary(own, grid_tokens(*size, chosen.device))
-            return tokens_from_grid(self.r2ir.encode(step.picture(*shape, self.pad), size))
+                own = self.summaries.of(step.chosen, picture)
+                return self.r2ir.encode_summary(own, grid_tokens(*size, picture.device))
+            return tokens_from_grid(self.r2ir.encode(picture, size))
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Noisy latent, its coordinates, alpha_bar, labels, the noise in it and what it counts."""
@@ -164,23 +163,37 @@ class R2IDTask(R2Task):
         return ((predicted - eps).square().mean((-2, -1)) * weight).mean()
 
 
-@torch.no_grad()
-def summaries(r2ir: R2IR, images: Images) -> Summary:
-    """Of every image at its own size, in float16: what an encode reads, whatever the latent's size.
+class Summaries:
+    """What an encode reads of images at their own size, each computed when it is first asked for.
 
-    They count relative to each other alone, so that they are means here, which float16 holds.
+    Sums count relative to each other alone, so that they are kept as means, which float16 holds.
+    One image at a time: the bits of a sum then do not depend on the batch that asked for it.
     """
-    count, side = len(images), images.pixels.shape[-1]
-    at = grid_tokens(side, side, images.pixels.device)
-    parts = []
-    for start in tqdm(range(0, count, SUMMARISED_AT_ONCE), desc="summaries", unit="batch"):
-        pixels = fit(images.pixels[start : start + SUMMARISED_AT_ONCE], side, side, images.pad)
-        own = r2ir.summarise(tokens_from_grid(pixels), at)
-        parts.append([((kv / side**2).half(), (k / side**2).half()) for kv, k in own])
-    return [
-        (torch.cat([kv for kv, _ in block]), torch.cat([k for _, k in block]))
-        for block in zip(*parts, strict=True)
-    ]
+
+    def __init__(self, r2ir: R2IR, count: int, device: torch.device):
+        c = r2ir.config
+        shape = (count, c.heads, c.width // c.heads)
+        self.r2ir = r2ir
+        self.kept: Summary = [
+            (
+                torch.empty(*shape, shape[-1], dtype=torch.float16, device=device),
+                torch.empty(shape, dtype=torch.float16, device=device),
+            )
+            for _ in range(c.encoder_blocks)
+        ]
+        self.known = torch.zeros(count, dtype=torch.bool)
+
+    def of(self, chosen: Tensor, pixels: Tensor) -> Summary:
+        """Of the images numbered `chosen` `[B]`, whose pixels are `[B, c, s, s]` in [-1, 1]."""
+        side = pixels.shape[-1]
+        at = grid_tokens(side, side, pixels.device)
+        for number, own in zip(chosen.tolist(), pixels.split(1), strict=True):
+            if not self.known[number]:
+                found = self.r2ir.summarise(tokens_from_grid(own), at)
+                for (kv, k), (own_kv, own_k) in zip(self.kept, found, strict=True):
+                    kv[number], k[number] = own_kv[0] / side**2, own_k[0] / side**2
+                self.known[number] = True
+        return [(kv[chosen].float(), k[chosen].float()) for kv, k in self.kept]
 
 
 STAGES = (
