@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from reference.families.hdit import published as hdit_published
-from reference.families.hdit import training as hdit
+from reference.families.hdit import training as hdit_training
 from reference.families.hdit.config import HDiTModel
 from reference.families.hdit.model import HDiTModels
 from reference.families.parts.config import read
@@ -16,17 +16,17 @@ from reference.families.parts.models import Models
 from reference.families.parts.published import Published
 from reference.families.parts.training import Stage
 from reference.families.r2 import published as r2_published
-from reference.families.r2 import training as r2
+from reference.families.r2 import training as r2_training
 from reference.families.r2.config import ModelConfig
 from reference.families.r2.model import R2Models
 from reference.families.s2id import published as s2id_published
-from reference.families.s2id import training as s2id
+from reference.families.s2id import training as s2id_training
 from reference.families.s2id.model import S2IDModel, S2IDModels
-from reference.families.sid2 import training as sid2
+from reference.families.sid2 import training as sid2_training
 from reference.families.sid2.config import SiD2Model
 from reference.families.sid2.model import SiD2Models
 from reference.families.siid import published as siid_published
-from reference.families.siid import training as siid
+from reference.families.siid import training as siid_training
 from reference.families.siid.model import SIIDModel, SIIDModels
 
 
@@ -80,11 +80,11 @@ R2 = "r2"  # the family of checkpoints and configurations that name none
 FAMILIES = {
     family.name: family
     for family in (
-        Family(R2, ModelConfig, R2Models, r2, r2_published),
-        Family("siid", SIIDModel, SIIDModels, siid, siid_published),
-        Family("s2id", S2IDModel, S2IDModels, s2id, s2id_published),
-        Family("hdit", HDiTModel, HDiTModels, hdit, hdit_published),
-        Family("sid2", SiD2Model, SiD2Models, sid2),
+        Family(R2, ModelConfig, R2Models, r2_training, r2_published),
+        Family("siid", SIIDModel, SIIDModels, siid_training, siid_published),
+        Family("s2id", S2IDModel, S2IDModels, s2id_training, s2id_published),
+        Family("hdit", HDiTModel, HDiTModels, hdit_training, hdit_published),
+        Family("sid2", SiD2Model, SiD2Models, sid2_training),
     )
 }
 

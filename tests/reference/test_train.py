@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_training_is_interrupted_with_code_130(colour_training: Path, tmp_path: 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.toml")))
 def test_every_configuration_is_whole(name: str) -> None:
     config = read_config(name)
-    model = read(family_in(config, name).config, config["model"], name)
+    model: Any = read(family_in(config, name).config, config["model"], name)
     assert model.channels in (1, 3)
 
 

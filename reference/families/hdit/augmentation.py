@@ -30,13 +30,12 @@ def draw_parameters(batch: int, share: float) -> tuple[Tensor, Tensor]:
     shift = torch.randn(2, batch) * done[4]
     told = [flip_x, flip_y, scale, rotation.cos() - 1, rotation.sin()]
     told += [stretch * axis.cos(), stretch * axis.sin(), *shift]
-    # Input to output: shift, then stretch, rotate, scale and flip.
+    # From input to output: shifted, then stretched, rotated, scaled and mirrored.
     matrix = scaling(1 - 2 * flip_x, 1 - 2 * flip_y) @ scaling(SCALE**scale, SCALE**scale)
     matrix = matrix @ rotating(-rotation) @ rotating(axis)
     matrix = matrix @ scaling(SCALE**stretch, SCALE**-stretch) @ rotating(-axis)
     offset = 2 * SHIFT * shift.T.unsqueeze(-1)  # the image spans 2
-    inverse = torch.linalg.inv(matrix)
-    return torch.stack(told, 1), torch.cat([inverse, -offset], 2)
+    return torch.stack(told, 1), torch.cat([torch.linalg.inv(matrix), -offset], 2)
 
 
 def scaling(x: Tensor, y: Tensor) -> Tensor:
@@ -56,6 +55,10 @@ def augmented(image: Tensor, share: float) -> tuple[Tensor, Tensor]:
     Resampled bicubically; what lies outside is mirrored in.
     """
     told, maps = draw_parameters(len(image), share)
-    places = F.affine_grid(maps.to(image.device), list(image.shape), align_corners=False)
-    moved = F.grid_sample(image, places, "bicubic", "reflection", align_corners=False)
-    return moved, told.to(image.device)
+    return resampled(image, maps.to(image.device)), told.to(image.device)
+
+
+def resampled(image: Tensor, maps: Tensor) -> Tensor:
+    """Images `[B, C, s, s]` taken at where `maps` `[B, 2, 3]` lead from each pixel."""
+    places = F.affine_grid(maps, list(image.shape), align_corners=False)
+    return F.grid_sample(image, places, "bicubic", "reflection", align_corners=False)

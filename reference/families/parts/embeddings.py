@@ -62,10 +62,12 @@ class GridFeatures(nn.Module):
     def forward(self, coordinates: Tensor) -> Tensor:
         with torch.autocast(coordinates.device.type, enabled=False):
             angles = coordinates.float().unsqueeze(-1) * self.frequencies.float()  # [B, h, w, 4, F]
-            systems = [
-                self.norm(torch.cat([part.sin(), part.cos()], -2).flatten(-2).movedim(-1, 1))
-                for part in angles.split(2, -2)
-            ]
+            systems = []
+            for part in angles.split(2, -2):
+                waves = torch.cat([part.sin(), part.cos()], -2).flatten(-2).movedim(-1, 1)
+                # PyTorch 2.13 crashes in GroupNorm's backward on a CPU where an input laid out
+                # channels last needs no gradient.
+                systems.append(self.norm(waves.contiguous()))
             return torch.cat(systems, 1).movedim(1, -1)
 
 
