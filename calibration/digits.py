@@ -81,7 +81,14 @@ def digits_read(
     for first in tqdm(range(0, count, at_once), desc=desc, unit="batch"):
         labels = [i % 10 for i in range(first, min(first + at_once, count))]
         made = bundle.generate(
-            labels, size, image, steps, guidance_scale, seed=1234, first_index=first
+            labels,
+            size,
+            image=image,
+            solver="ddim",
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=1234,
+            first_index=first,
         ).images[..., top : top + side, left : left + side]
         read = reader.run(["logits"], {"pixels": np.ascontiguousarray(made)})[0].argmax(1)
         right += int((read == labels).sum())

@@ -33,7 +33,7 @@ from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle
-from runtime.sampling import schedule
+from runtime.pipeline.diffuser import Progress
 from runtime.sampling.request import Request
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
@@ -84,13 +84,13 @@ class Judged(Bundle):
         """The images that are compared."""
         count = max(1, min(PICTURES, MOST_TOKENS // (size[0] * size[1])))
         labels = [i % len(self.interface.labels) for i in range(count)]
-        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE)
+        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE, solver="ddim")
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
         """Draw the images, every run of the step graph kept."""
         latents, eps = [], []
 
-        def keep(step: int) -> None:
+        def keep(progress: Progress) -> None:
             inputs, outputs = self.recorder.recorded[self.diffuser.step_graph]
             latents.append(inputs["latent"])
             eps.append(outputs["eps"])
@@ -104,8 +104,7 @@ class Judged(Bundle):
 
         Also of the first steps, which `Diffuser.exact_steps` leaves to fp32 in a trajectory.
         """
-        conditions, _ = self.diffuser.branches(self.pictures(size, steps))
-        inputs = self.diffuser.inputs(conditions, size, schedule.sampling_alpha_bar(steps))
+        inputs = self.diffuser.prepare(self.pictures(size, steps), size)
         engine, errors = self.engines.open(self.diffuser.step_graph), []
         for step, wanted in enumerate(fp32.eps):
             given = {"latent": fp32.latents[step], **inputs.at(step)}
@@ -213,7 +212,7 @@ def draw_errors(report: dict[str, Any], path: Path) -> None:
     ):
         for size, row in report["precisions"][name]["sizes"].items():
             errors = row["eps_error_over_t"]
-            axes.plot(schedule.timesteps(report["steps"])[: len(errors)], errors, label=size)
+            axes.plot(np.linspace(1, 0, report["steps"] + 1)[: len(errors)], errors, label=size)
         axes.set(title=name, xlabel="t (0 clean, 1 noise)", yscale="log")
         axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)

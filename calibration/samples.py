@@ -27,11 +27,13 @@ from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError, UsageError
 from runtime.pipeline.bundle import Bundle
-from runtime.pipeline.diffuser import EXACT_BELOW
+from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.tiler import Roles
-from runtime.sampling import schedule
-from runtime.sampling.request import Label, Request
+from runtime.sampling import solvers
+from runtime.sampling.guidance import Label
+from runtime.sampling.request import Request
+from runtime.sampling.schedule import log_snr
 
 PICTURES = 3
 DRAWING_STEPS = 20
@@ -147,7 +149,8 @@ class Samples:
         one_hot = np.zeros((conditions, batch, labels), np.float32)
         for branch in range(1, conditions):  # branch 0 is the null condition
             one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
-        alpha_bars = schedule.sampling_alpha_bar(TRAJECTORY_STEPS)
+        table = solvers.table("ddim", self.bundle.diffuser.schedule, TRAJECTORY_STEPS)
+        alpha_bars = table.alpha_bar
         step = number % len(alpha_bars)
         noise = np.random.default_rng(number).standard_normal(latent.shape)
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
@@ -286,18 +289,19 @@ def trajectory(
     turn: int,
 ) -> Iterator[Sample]:
     """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
-    steps, graph = settings.steps, bundle.diffuser.step_graph
-    request = Request(labels, size, None, steps, scale, seed=settings.seed)
-    times, alpha_bars = schedule.timesteps(steps), schedule.sampling_alpha_bar(steps)
+    steps, graph, schedule = settings.steps, bundle.diffuser.step_graph, bundle.diffuser.schedule
+    request = Request(labels, size, None, steps, scale, seed=settings.seed, solver="ddim")
+    alpha_bars = request.table(schedule).alpha_bar
+    times = schedule.time(log_snr(alpha_bars))
     found: list[Sample] = []
 
-    def keep(step: int) -> None:
+    def keep(progress: Progress) -> None:
+        step = progress.step - 1
         if (step + turn) % settings.every == 0 and alpha_bars[step] >= EXACT_BELOW:
             inputs, _ = recorder.recorded[graph]
             found.append(Sample(graph, size, inputs, float(times[step]), scale))
 
     bundle.diffuse(request, keep)
-    keep(steps)
     yield from found
 
 

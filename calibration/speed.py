@@ -16,7 +16,6 @@ from runtime.engines import EngineOptions
 from runtime.errors import ToolkitError
 from runtime.memory import peak_resident
 from runtime.pipeline.bundle import open_bundle
-from runtime.sampling import schedule
 from runtime.sampling.request import Request
 
 SECONDS = 1.5  # how long a step is timed in one round
@@ -33,10 +32,9 @@ def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int)
         options = EngineOptions(provider, precision=precision, threads=threads)
         diffuser = open_bundle(bundle, options).diffuser
         request = Request([0], size)
-        conditions, _ = diffuser.branches(request)
-        alpha_bar = schedule.sampling_alpha_bar(50)
-        inputs = diffuser.inputs(conditions, size, alpha_bar).at(25)
-        first, engine = diffuser.step_engines(50)
+        table = request.table(diffuser.schedule)
+        inputs = diffuser.prepare(request, size).at(len(table) // 2)
+        first, engine = diffuser.step_engines(table)
     except ToolkitError as error:
         return str(error)
     given = {"latent": diffuser.noise(request, size).draw(), **inputs}
@@ -44,9 +42,9 @@ def timed(bundle: Path, precision: str, provider: str, size: Size, threads: int)
         own.run(given)
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < SECONDS:
-        start = time.perf_counter()
+        began = time.perf_counter()
         engine.run(given)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - began)
     return seconds, peak_resident() / (1 << 20)
 
 

@@ -14,7 +14,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from runtime import open_bundle
 from runtime.bundle.files import atomic_write
 from runtime.generate import PREVIEW_STEPS
-from runtime.sampling import ddim
+from runtime.sampling.loop import sample
 from runtime.sampling.request import Request
 
 LABEL, LATENT, SEED, STEPS = 7, (8, 8), 4, 50
@@ -47,17 +47,19 @@ def picture(axes: Any, image: np.ndarray, x: float, y: float, text: str, side: f
 
 def trajectory(pipeline: Any) -> list[np.ndarray]:
     """The latent at the shown steps."""
-    request = Request([LABEL], LATENT, steps=STEPS, guidance_scale=3.0, seed=SEED)
-    denoise, weights = pipeline.diffuser.denoiser(request, LATENT)
+    request = Request([LABEL], LATENT, steps=STEPS, guidance_scale=3.0, seed=SEED, solver="ddim")
+    diffuser = pipeline.diffuser
+    table = request.table(diffuser.schedule)
+    predict = diffuser.predictor(request, LATENT)
     seen: list[np.ndarray] = []
 
     def watch(x: np.ndarray, step: int) -> np.ndarray:
         seen.append(x)
-        eps: np.ndarray = denoise(x, step)
+        eps: np.ndarray = predict(x, step)
         return eps
 
-    start = pipeline.diffuser.noise(request, LATENT).draw()
-    ddim.sample(watch, start, STEPS, weights)
+    start = diffuser.noise(request, LATENT).draw()
+    seen.append(sample(watch, start, table))
     return [seen[step] for step in SHOWN_STEPS]
 
 

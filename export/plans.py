@@ -1,4 +1,4 @@
-"""One TensorRT plan of one graph: checks, the fused DDIM update, the library's builder."""
+"""One TensorRT plan of one graph: checks, the fused update, the library's builder."""
 
 import sys
 import threading
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from runtime.bundle.files import atomic_write, sha256
 from runtime.bundle.manifest import GraphSpec, PlanSpec, TensorSpec
 from runtime.bundle.profiles import Profile, describe
+from runtime.engines import HISTORY
 from runtime.engines.tensorrt import (
     FLAVOURS,
     OUT_OF_MEMORY,
@@ -67,7 +68,7 @@ def check_targets(job: Job, targets: Sequence[str]) -> None:
 
 
 def with_update(spec: GraphSpec, model: bytes) -> tuple[GraphSpec, bytes]:
-    """The graph with what `plan_interface` says a plan of it also has: the DDIM update."""
+    """The graph with what `plan_interface` says a plan of it also has: a table's update."""
     interface = plan_interface(spec)
     if interface is spec:
         return spec, model
@@ -78,14 +79,30 @@ def with_update(spec: GraphSpec, model: bytes) -> tuple[GraphSpec, bytes]:
         for name, axes in (("update_branches", [0]), ("update_all", [0, 1, 2, 3]))
     )
     node = helper.make_node
+    row = [f"update_{name}" for name in ("keep", "move", "c", "d", "e", "p", "q")]
     graph.node.extend(
         (
-            node("Cast", ["eps"], ["update_eps"], to=TensorProto.FLOAT),
-            node("Mul", ["update_eps", "weights"], ["update_weighted"]),
-            node("ReduceSum", ["update_weighted", "update_branches"], ["update_move"], keepdims=0),
-            node("Mul", ["latent", "keep"], ["update_kept"]),
-            node("Add", ["update_kept", "update_move"], ["update_moved"]),
-            node("Add", ["update_moved", "noise"], ["next"]),
+            node("Cast", ["eps"], ["update_each"], to=TensorProto.FLOAT),
+            node("Mul", ["update_each", "weights"], ["update_weighted"]),
+            node("ReduceSum", ["update_weighted", "update_branches"], ["update_eps"], keepdims=0),
+            node("Split", ["row"], row, axis=0, num_outputs=len(row)),
+        )
+    )
+    sums = {
+        "next": (
+            ("latent", "keep"),
+            ("update_eps", "move"),
+            *zip((*HISTORY, "noise"), "cde", strict=True),
+        ),
+        "x0": (("latent", "p"), ("update_eps", "q")),
+    }
+    for name, terms in sums.items():
+        products = [f"{name}_{factor}" for _, factor in terms]
+        for product, (tensor, factor) in zip(products, terms, strict=True):
+            graph.node.append(node("Mul", [tensor, f"update_{factor}"], [product]))
+        graph.node.append(node("Sum", products, [name]))
+    graph.node.extend(
+        (
             node("Abs", ["next"], ["update_abs"]),
             node("ReduceMean", ["update_abs", "update_all"], ["size"], keepdims=1),
         )

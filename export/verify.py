@@ -18,8 +18,9 @@ from runtime.bundle.interface import Range
 from runtime.bundle.manifest import Array, Manifest, Parity, Trajectory, relative_error
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
-from runtime.sampling import ddim, schedule
-from runtime.sampling.request import Label, Request
+from runtime.sampling.guidance import Label, guided
+from runtime.sampling.loop import sample
+from runtime.sampling.request import Request
 
 TOLERANCE = 1e-4
 TRAJECTORY_TOLERANCE = 1e-3
@@ -118,13 +119,13 @@ def trajectory_parity(family: Family, models: Any, manifest: Manifest) -> Trajec
     count = len(interface.labels)
     label: Label = count // 2 if count else None
     request = Request([label], (height, width), steps=TRAJECTORY_STEPS)
-    conditions, weights = request.branches(count)
+    table = request.table(bundle.diffuser.schedule)
+    guidance = bundle.diffuser.guidance(request, table)
     start = torch.from_numpy(bundle.diffuser.noise(request, request.latent).draw())
     with torch.inference_mode():
-        nodes = schedule.sampling_alpha_bar(TRAJECTORY_STEPS)
-        denoise = models.denoiser(torch.from_numpy(conditions), nodes)
-        numbers = [float(weight[0, 0, 0, 0]) for weight in weights]
-        wanted = ddim.sample(denoise, start, TRAJECTORY_STEPS, numbers).x
+        denoise = models.denoiser(torch.from_numpy(guidance.conditions), table.alpha_bar)
+        weights = [float(weight[0, 0, 0, 0]) for weight in guidance.at(0)]
+        wanted = sample(guided(denoise, weights), start, table)
         pixels = family.decode(models, wanted, interface.image_size(request.latent))
     made = bundle.generate(request.labels, latent=request.latent, steps=TRAJECTORY_STEPS)
     errors = {
@@ -133,7 +134,7 @@ def trajectory_parity(family: Family, models: Any, manifest: Manifest) -> Trajec
     }
     if not max(errors.values()) <= TRAJECTORY_TOLERANCE:
         raise ArtefactError(
-            f"{TRAJECTORY_STEPS} DDIM steps through the graphs differ from PyTorch by {errors}; "
+            f"{TRAJECTORY_STEPS} steps through the graphs differ from PyTorch by {errors}; "
             f"expected at most {TRAJECTORY_TOLERANCE:.0e}"
         )
     rounded = {key: float(f"{error:.2e}") for key, error in errors.items()}

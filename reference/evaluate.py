@@ -44,8 +44,12 @@ from runtime.engines import EngineOptions
 from runtime.errors import UsageError
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle, open_bundle
-from runtime.sampling import ddim, schedule
+from runtime.sampling import solvers
+from runtime.sampling.choices import SOLVER, SOLVERS
+from runtime.sampling.guidance import guided
+from runtime.sampling.loop import sample
 from runtime.sampling.noise import COHERENT, KINDS, NoiseStreams
+from runtime.sampling.schedule import COSINE
 
 RECONSTRUCTION_SIZES = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16), (6, 9), (16, 9))
 GENERATION_SIZES = (
@@ -94,7 +98,7 @@ def t_scrape(models: R2Models, test: Images, size: Size, limit: int) -> dict[str
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: dict[str, list[float]] = {"t": times, "null": [], "label": []}
     for t in tqdm(times, desc=f"t-scrape {size_name(size)}", unit="t"):
-        a = float(schedule.alpha_bar(np.array(t)))
+        a = float(COSINE.alpha_bar(np.array(t)))
         eps = torch.randn(latent.shape, generator=generator)
         noisy = a**0.5 * latent + (1 - a) ** 0.5 * eps
         null, label = models.r2id(noisy, torch.full((limit,), a), text)
@@ -116,7 +120,7 @@ def generated(
     made = []
     with tqdm(total=len(parts) * args.steps, desc=desc, unit="step") as bar:
 
-        def on_step(step: int) -> None:
+        def on_step(*progress: object) -> None:
             bar.update()
 
         for part in parts:
@@ -137,17 +141,17 @@ def draw_with_torch(
     size: Size,
     kind: str,
     args: argparse.Namespace,
-    on_step: Callable[[int], object],
+    on_step: Callable[..., object],
 ) -> tuple[Tensor, Tensor]:
     """Images and latents of `labels[part]`, by the models themselves."""
     own = F.one_hot(labels[part], models.config.condition.labels).float()
     shape = (models.config.r2id.latent_channels, *size)
     streams = NoiseStreams(SEED, range(part.start, part.stop), shape, kind)
-    nodes = schedule.sampling_alpha_bar(args.steps)
-    denoise = models.denoiser(torch.stack([torch.zeros_like(own), own]), nodes)
-    weights = (1 - args.guidance, args.guidance)
-    start = torch.from_numpy(streams.draw())
-    latent = ddim.sample(denoise, start, args.steps, weights, on_step=on_step).x
+    table = solvers.table(args.solver, COSINE, args.steps)
+    labels = torch.stack([torch.zeros_like(own), own])
+    denoise = models.denoiser(labels, table.alpha_bar)
+    predict = guided(denoise, (1 - args.guidance, args.guidance))
+    latent = sample(predict, torch.from_numpy(streams.draw()), table, on_step=on_step)
     return models.r2ir.decode(latent, canvas(size, IMAGE_SIDE)), latent
 
 
@@ -155,6 +159,7 @@ def request(labels: Tensor, part: slice, args: argparse.Namespace) -> dict[str, 
     """What `Bundle.generate` draws `labels[part]` with, at any size."""
     return {
         "labels": labels[part].tolist(),
+        "solver": args.solver,
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "seed": SEED,
@@ -294,11 +299,13 @@ def evaluate(args: argparse.Namespace) -> None:
     test = load_mnist(args.data, "t10k")
     args.out.mkdir(parents=True, exist_ok=True)
     loaded = checkpoint.load(args.checkpoint)
+    args.steps = args.steps or SOLVERS[args.solver].steps
     models, limit = loaded.models, min(args.images, len(test))
     args.graphs = open_graphs(args, loaded.sha256)
     settings = {
         "checkpoint": loaded.sha256,
         "drawn_by": f"graphs in {args.precision}" if args.graphs else "PyTorch",
+        "solver": args.solver,
         "steps": args.steps,
         "guidance_scale": args.guidance,
         "noise": COHERENT,
@@ -337,7 +344,8 @@ def print_report(report: dict[str, Any]) -> None:
     for size, error in report["reconstruction_mse"].items():
         print(f"  {size:>6}  MSE {error:.4f}")
     print(
-        f"digits read right, {settings['digits_per_size']} a size, {settings['steps']} steps, "
+        f"digits read right, {settings['digits_per_size']} a size, {settings['steps']} steps of "
+        f"{settings['solver']}, "
         f"guidance {settings['guidance_scale']:g}, by {settings['drawn_by']} "
         f"(test images: {accuracy:.1%})"
     )
@@ -370,7 +378,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path("build/evaluation"))
     p.add_argument("--images", type=cli.number(10, 10_000, int), default=10_000)
     p.add_argument("--digits", type=cli.number(10, 100_000, int), default=500, help="per size")
-    p.add_argument("--steps", type=cli.number(1, 10_000, int), default=50, help="DDIM steps")
+    p.add_argument("--solver", choices=tuple(SOLVERS), default=SOLVER)
+    p.add_argument("--steps", type=cli.number(1, 10_000, int), help="evaluations (the solver's)")
     p.add_argument("--guidance", type=cli.number(-100, 100), default=2.0)
     cli.run(evaluate, p)
 

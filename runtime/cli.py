@@ -1,14 +1,15 @@
 """What every command line shares: one-line errors, exit codes, sizes, ranges."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from runtime.errors import INTERRUPTED_EXIT_CODE, ToolkitError, UsageError
 from runtime.memory import memory_error
@@ -177,6 +178,20 @@ def crop(text: str) -> tuple[int, int, int, int]:
     return top, left, height, width
 
 
+def interval(text: str) -> tuple[float, float]:
+    """LOW..HIGH within 0 to 1."""
+    low, dots, high = text.partition("..")
+    try:
+        found = number(0, 1)(low), number(0, 1)(high)
+    except argparse.ArgumentTypeError:
+        found = (1.0, 0.0)
+    if not dots or found[0] > found[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no interval; expected LOW..HIGH within 0 to 1, as in 0.2..0.8"
+        )
+    return found
+
+
 def integers(text: str) -> list[int]:
     """A list of numbers and ranges: `7`, `1,3,5`, `0-9`."""
     numbers: list[int] = []
@@ -225,13 +240,39 @@ def binary_size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+class _Signals:
+    """What has come in this process; while `patient`, the first one raises nothing."""
+
+    collected: ClassVar[list[int]] = []
+    patient = False
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """While the block runs, the first signal shows in `signalled` alone: a step is finished."""
+    _Signals.patient = True
+    try:
+        yield
+    finally:
+        _Signals.patient = False
+    if signalled():
+        raise KeyboardInterrupt
+
+
+def signalled() -> bool:
+    """Whether a signal asked this process to stop."""
+    return bool(_Signals.collected)
+
+
 def _collect_signals() -> list[int]:
     """SIGINT and SIGTERM, each raising KeyboardInterrupt; a SIGINT that is ignored stays so."""
-    collected: list[int] = []
+    collected = _Signals.collected
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         collected.append(number)
-        raise KeyboardInterrupt
+        if not _Signals.patient or len(collected) > 1:
+            raise KeyboardInterrupt
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:

@@ -36,6 +36,12 @@ class ResourceError(ToolkitError, OSError):
     exit_code = 5
 
 
+class StoppedError(ToolkitError):
+    """A run that its `on_step` ended."""
+
+    exit_code = INTERRUPTED_EXIT_CODE
+
+
 class NumericalError(ToolkitError, ArithmeticError):
     """A computation left the finite numbers."""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +11,17 @@ from runtime import cli
 from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
 from runtime.render import Drawing
+from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 
 if TYPE_CHECKING:
     from runtime.images.png import Rows
     from runtime.pipeline.bundle import Bundle
-    from runtime.sampling.request import Label
+    from runtime.pipeline.diffuser import Progress
+    from runtime.sampling.guidance import Label
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
-PREVIEW_SIDE, PREVIEW_STEPS = 8, 16  # at most: the latent's shorter side, and the steps
+PREVIEW_SIDE, PREVIEW_STEPS = 8, 6  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
     "label": None,
@@ -27,8 +30,11 @@ DEFAULTS: dict[str, Any] = {
     "image": None,
     "crop": None,
     "exact": False,
-    "steps": 50,
+    "solver": SOLVER,
+    "spacing": None,
+    "steps": None,
     "guidance": 2.0,
+    "guidance_interval": WHOLE,
     "eta": 0.0,
     "seed": 0,
     "first_index": 0,
@@ -36,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "continue_at": None,
     "continue_from": None,
 }
+BEFORE = {"solver": "ddim", "spacing": "time", "guidance_interval": WHOLE}
 TERM = re.compile(r"(\d{1,6})(?:\*(\d*\.?\d+))?")
 
 
@@ -63,8 +70,14 @@ def parser() -> argparse.ArgumentParser:
     add("--count", type=cli.number(1, 10_000, int), help="images per label (1)")
     add("--latent", type=cli.size, help="HxW of the latent (the bundle's default)")
     add("--image", type=cli.size, help="HxW of the image (the training ratio of the latent)")
-    add("--steps", type=cli.number(1, 10_000, int), help="DDIM steps (50)")
+    add("--solver", choices=tuple(SOLVERS), help=f"how steps are made ({SOLVER})")
+    steps = ", ".join(f"{name}: {own.steps}" for name, own in SOLVERS.items())
+    add("--steps", type=cli.number(1, 10_000, int), help=f"evaluations of the model ({steps})")
+    spacing = ", ".join(f"{name}: {own.spacing}" for name, own in SOLVERS.items())
+    add("--spacing", choices=SPACINGS, help=f"what steps are even in ({spacing})")
     add("--guidance", type=cli.number(-100, 100), help="guidance_scale; 1 is the label alone (2)")
+    interval = "t within which --guidance counts; elsewhere it is 1 and costs half (0..1)"
+    add("--guidance-interval", type=cli.interval, metavar="LOW..HIGH", help=interval)
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), help="seed of the noise (0)")
     add("--first-index", type=cli.number(0, 1 << 40, int), help="index of the first image (0)")
@@ -98,9 +111,14 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The request in a PNG's metadata; raises ArtefactError where it is not whole."""
+    """The request in a PNG's metadata; raises ArtefactError where it is not whole.
+
+    A PNG that names no solver was drawn before there was a choice: by DDIM.
+    """
     try:
-        return {key: _from_json(key, metadata["request"][key]) for key in DEFAULTS}
+        made = metadata["request"]
+        made = made if "solver" in made else BEFORE | made
+        return {key: _from_json(key, made[key]) for key in DEFAULTS}
     except (
         *(KeyError, TypeError, ValueError, IndexError, AttributeError),
         argparse.ArgumentTypeError,
@@ -125,8 +143,15 @@ def made_in(png: Path, metadata: dict[str, Any]) -> str:
 def _from_json(key: str, value: Any) -> Any:
     if value is None and key.startswith("continue"):
         return None
-    if key == "continue_from":
+    if key == "guidance_interval":
+        return cli.interval("{}..{}".format(*value))
+    if key in ("continue_from", "steps"):
         return int(value)
+    if key in ("solver", "spacing"):
+        known = SOLVERS if key == "solver" else SPACINGS
+        if value not in known:
+            raise ValueError(f"{key} {value!r}")
+        return value
     if key in ("latent", "image", "continue_at"):
         height, width = value
         return int(height), int(width)
@@ -178,6 +203,8 @@ def generate(args: argparse.Namespace) -> None:
     paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
     if args.state is not None:
         check_state(args.state)
+    if (warning := bundle.interface.warning(wanted["continue_at"] or wanted["latent"])) is not None:
+        print(f"note: {warning}", file=sys.stderr)
     for drawing in drawings:
         drawing.check()
     for (own, _), drawing, files in zip(runs, drawings, paths, strict=True):
@@ -188,12 +215,16 @@ def generate(args: argparse.Namespace) -> None:
 
 def settings(wanted: dict[str, Any]) -> dict[str, Any]:
     """The part of a request that all its images share, as `Request` names it."""
-    names = ("latent", "image", "steps", "eta", "seed", "noise", "continue_at", "continue_from")
-    return {name: wanted[name] for name in names} | {"guidance_scale": wanted["guidance"]}
+    own = ("label", "count", "crop", "exact", "guidance", "first_index")
+    shared = {name: value for name, value in wanted.items() if name not in own}
+    return shared | {"guidance_scale": wanted["guidance"]}
 
 
 def preview(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
-    """The request at a small latent and image and with few steps: the same pictures, rougher."""
+    """The request at a small latent and image and with few steps: the same pictures, rougher.
+
+    The steps are the default solver's, which draws what others do in fewer.
+    """
     interface = bundle.interface
     height, width = shrunk(wanted["continue_at"] or wanted["latent"], PREVIEW_SIDE)
     small = interface.latent_sides.nearest(height), interface.latent_sides.nearest(width)
@@ -207,7 +238,8 @@ def preview(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
         )
     size = {"latent": small, "image": image, "continue_at": None, "continue_from": None}
     size["crop"] = None
-    return wanted | size | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
+    few = {"solver": SOLVER, "spacing": SOLVERS[SOLVER].spacing}
+    return wanted | size | few | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
 
 
 def shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -247,6 +279,9 @@ def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
     wanted["latent"] = wanted["latent"] or bundle.interface.default_latent
     largest = wanted["continue_at"] or wanted["latent"]
     wanted["image"] = wanted["image"] or bundle.interface.image_size(largest)
+    solver = SOLVERS[wanted["solver"]]
+    wanted["spacing"] = wanted["spacing"] or solver.spacing
+    wanted["steps"] = wanted["steps"] or solver.steps
     if wanted["continue_at"]:
         wanted["continue_from"] = wanted["continue_from"] or wanted["steps"] // 2
 
@@ -271,11 +306,17 @@ def draw(
     latents: list[Any] = []  # [1, C, H, W] of each image
     total = -(-len(each) // batch) * wanted["steps"]
     with tqdm(total=total, desc="generate", unit="step") as bar:
+
+        def on_step(progress: "Progress") -> bool:
+            bar.update()
+            return cli.signalled()
+
         for start in range(0, len(each), batch):
             own = each[start : start + batch]
             index = wanted["first_index"] + start
             part = Request(own, **settings(wanted), first_index=index)
-            made = bundle.diffuse(part, lambda step: bar.update())
+            with cli.patient():
+                made = bundle.diffuse(part, on_step)
             latents += np.split(made, len(made))
             for offset in range(len(own) if len(paths) == len(each) else 0):
                 single = {"label": [own[offset]], "count": 1, "first_index": index + offset}

@@ -1,6 +1,7 @@
 """The import rules of the architecture, proved by reading the code and by running it bare."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ALLOWED = {
     "export": {"runtime", "reference"},
     "calibration": {"runtime"},
 }
+FAMILIES = re.compile(r"r2i[rd]|siid|s2id|hdit|sid2", re.IGNORECASE)
 TENSORRT = {"export/plans.py", "runtime/engines/tensorrt.py"}
 
 
@@ -45,6 +47,14 @@ def test_imports_point_down(path: Path) -> None:
         assert not found & {"torch", "onnxscript"}
     if name not in TENSORRT:
         assert not found & {"tensorrt", "tensorrt_rtx"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime").rglob("*.py")), ids=lambda p: p.stem)
+def test_the_runtime_names_no_family(path: Path) -> None:
+    """Families stand in manifests; a user-facing default file name is none."""
+    lines = [line for line in path.read_text().splitlines() if "DEFAULT_ENGINE = " not in line]
+    found = [line for line in lines if FAMILIES.search(line)]
+    assert not found
 
 
 def test_the_runtime_imports_nothing_heavy() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from export.families.r2 import bundle as r2
 from export.to_onnx import GraphSource
 from reference.families.r2.model import R2Models
-from runtime.bundle.interface import Interface, Schedule
+from runtime.bundle.interface import Interface, ScheduleData
 
 
 class Family(Protocol):
@@ -21,7 +21,7 @@ class Family(Protocol):
         """Names, channels and the size rule; `labels` as the checkpoint names them, or none."""
         ...
 
-    def schedule(self, models: Any) -> Schedule:
+    def schedule(self, models: Any) -> ScheduleData:
         """The noise schedule to sample with."""
         ...
 

@@ -55,14 +55,14 @@ class Trained(Struct, frozen=True, forbid_unknown_fields=True):
     aspect: Annotated[float, Meta(ge=1, le=LARGEST)]
 
 
-class Cosine(Struct, frozen=True, tag_field="name", tag="cosine", forbid_unknown_fields=True):
+class CosineData(Struct, frozen=True, tag_field="name", tag="cosine", forbid_unknown_fields=True):
     """alpha_bar(t) = cos²((t + offset) / (1 + offset) · π/2), not below `floor`."""
 
-    offset: Annotated[float, Meta(ge=0, le=1)]
-    floor: Annotated[float, Meta(gt=0, lt=1)]
+    offset: Annotated[float, Meta(ge=0, le=1)] = 0.008
+    floor: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
 
 
-Schedule = Cosine
+ScheduleData = CosineData  # a union of them: `runtime.sampling.schedule` knows each
 
 
 class Interface(Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write, open_file, read_bytes, sha256
-from runtime.bundle.interface import Count, Interface, Range, Schedule, Text
+from runtime.bundle.interface import Count, Interface, Range, ScheduleData, Text
 from runtime.bundle.profiles import Profile
 from runtime.errors import ArtefactError, UsageError
 
@@ -197,7 +197,7 @@ class Content(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     interface: Interface
-    schedule: Schedule
+    schedule: ScheduleData
     checkpoint: Source | None
     versions: dict[Name, Text]
     trajectory: Trajectory | None

@@ -1,6 +1,6 @@
 """Engines: libraries that run a graph, each imported when the first engine of it is opened."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,6 +11,7 @@ from runtime.bundle.interface import Range
 from runtime.bundle.manifest import TO_PLAN, Array, Manifest
 from runtime.errors import ArtefactError, IncompatibleError
 from runtime.providers import check_options, profile_options, span
+from runtime.sampling.loop import StepCallback
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,25 @@ class Engine(Protocol):
         ...
 
 
+HISTORY = ("x0_1", "x0_2")  # x0 of the last evaluation and of the one before it
+
+
 @runtime_checkable
 class SamplingEngine(Engine, Protocol):
-    """An engine of the step graph that also makes the DDIM update, its latent on the device."""
+    """An engine of the step graph that also applies a solver's table, all latents on the device."""
 
     def sample(
         self,
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
-        on_step: Callable[[int], object] | None = None,
+        on_step: StepCallback | None = None,
         first: int = 0,
-    ) -> Array:
-        """The last latent `[B, C, H, W]` of a run per update, the steps from `first` on.
+    ) -> dict[str, Array]:
+        """`latent` and `HISTORY`, each `[B, C, H, W]`, after a run per update, from step `first`.
 
+        `inputs` holds what stays, and these three and `noise` as they are at first; an update,
+        of which there is one at least, what a step changes: `row` float32 `[7]` (keep, move, c, d,
+        e, p, q) of a table, `weights` `[K, B, 1, 1, 1]` of guidance, `noise` where e is not 0.
         Raises NumericalError naming the step.
         """
         ...

@@ -11,8 +11,9 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from msgspec.structs import replace
 from runtime.bundle.files import atomic_write, exclusive
 from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
 from runtime.bundle.profiles import choose
+from runtime.engines import HISTORY
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
+from runtime.sampling.loop import StepCallback
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory allocation", "bad_alloc")
 
@@ -90,21 +93,23 @@ def message_log(library: Any) -> Any:
 
 
 def plan_interface(spec: GraphSpec) -> GraphSpec:
-    """What the plan of a graph takes and gives: the step graph's plan has the DDIM update fused in.
+    """What the plan of a graph takes and gives: the step graph's has a table's update fused in.
 
-    next = keep · latent + Σ weights[k] · eps[k] + noise, so that the latent never leaves the
-    device, and size = mean |next|, which is not finite where any of it is not.
+    With eps = Σ weights[k] · eps[k] and row = (keep, move, c, d, e, p, q), next = keep · latent +
+    move · eps + c · x0_1 + d · x0_2 + e · noise and x0 = p · latent + q · eps, so that no latent
+    leaves the device; size = mean |next|, which is not finite where any of it is not.
     """
     if spec.lifetime != "step":
         return spec
     latent = next(tensor for tensor in spec.inputs if tensor.name == "latent")
     extra = (
         TensorSpec("weights", "float32", ("conditions", "batch", 1, 1, 1)),
-        TensorSpec("keep", "float32", (1,)),
-        TensorSpec("noise", "float32", latent.axes),
+        TensorSpec("row", "float32", (7,)),
+        *(TensorSpec(name, "float32", latent.axes) for name in (*HISTORY, "noise")),
     )
     made = (
         TensorSpec("next", "float32", latent.axes),
+        TensorSpec("x0", "float32", latent.axes),
         TensorSpec("size", "float32", (1, 1, 1, 1)),
     )
     return replace(spec, inputs=spec.inputs + extra, outputs=spec.outputs + made)
@@ -218,8 +223,8 @@ class Context:
             raise self.owner.failure("execute_async_v3 failed")
 
     def feed(self, source: str, target: str) -> None:
-        """Queue the copy of an output onto an input of its shape, on the device."""
-        spec = next(s for s in self.owner.spec.outputs if s.name == source)
+        """Queue the copy of a tensor onto an input of its shape, on the device."""
+        spec = next(s for s in self.owner.spec.inputs if s.name == target)
         count = math.prod(spec.shape(self.sizes)) * np.dtype(spec.dtype).itemsize
         pointers = self.buffers[target].pointer, self.buffers[source].pointer
         self.device.copy(*pointers, count, self.stream)
@@ -272,30 +277,34 @@ class TensorRTEngine:
         self,
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
-        on_step: Callable[[int], object] | None = None,
+        on_step: StepCallback | None = None,
         first: int = 0,
-    ) -> Array:
-        """Run the step graph once per update, its `next` becoming its `latent` on the device.
+    ) -> dict[str, Array]:
+        """Run the step graph once per update, as `SamplingEngine` and `plan_interface` say.
 
-        `updates` gives the inputs that change, as in `plan_interface`; the last latent comes back.
-        Raises NumericalError naming the step.
+        `next` becomes `latent` on the device, and `x0` the latest of the history.
         """
-        context = self._context(self.spec.check_inputs(inputs))
+        rest = iter(updates)
+        begin = next(rest)
+        context = self._context(self.spec.check_inputs({**inputs, **begin}))
         context.upload(inputs)
-        latent = next(s for s in self.spec.inputs if s.name == "latent")
-        size = next(s for s in self.spec.outputs if s.name == "size")
-        for step, update in enumerate(updates, first):
+        shift = [*pairwise(("x0", *HISTORY))][::-1]
+        size, x0 = (next(s for s in self.spec.outputs if s.name == n) for n in ("size", "x0"))
+        for step, update in enumerate(chain([begin], rest), first):
             context.upload(update)
             context.execute()
             context.feed("next", "latent")
+            for source, target in shift:
+                context.feed(source, target)
             if not np.isfinite(context.download([size])["size"]).all():
                 raise NumericalError(
                     f"found NaN or infinity in the latent after step {step + 1}; expected finite "
                     "numbers. Try a lower guidance_scale or a precision of fp32"
                 )
             if on_step is not None:
-                on_step(step)
-        return context.download([latent])["latent"]
+                on_step(step, lambda: context.download([x0])["x0"])
+        kept = ("latent", *HISTORY)
+        return context.download(spec for spec in self.spec.inputs if spec.name in kept)
 
     def failure(self, what: str, needed: int = 0) -> Exception:
         """The error for a native call that gave nothing: memory, or what the library said."""

@@ -3,7 +3,7 @@
 Letters: B images, K conditions, C latent channels, c colours, H × W latent, h × w pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from runtime.bundle.state import DecodeState
 from runtime.engines import EngineOptions, check_engine_kind
 from runtime.errors import ArtefactError, UsageError
 from runtime.pipeline.checks import check_request
-from runtime.pipeline.diffuser import Diffuser
+from runtime.pipeline.diffuser import Diffuser, OnStep
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.tiles import Crop, fill, window_of
 from runtime.pipeline.uncoded import Uncoded
-from runtime.sampling.noise import COHERENT
-from runtime.sampling.request import Label, Request
+from runtime.sampling.guidance import Label
+from runtime.sampling.request import Request
 
 
 @dataclass(frozen=True)
@@ -100,27 +100,16 @@ class Bundle:
         self,
         labels: Sequence[Label],
         latent: Size | None = None,
-        image: Size | None = None,
-        steps: int = 50,
-        guidance_scale: float = 2.0,
-        eta: float = 0.0,
-        seed: int = 0,
-        first_index: int = 0,
-        on_step: Callable[[int], object] | None = None,
-        noise: str = COHERENT,
-        continue_at: Size | None = None,
-        continue_from: int | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
     ) -> Generated:
-        """Draw one image per entry of `labels` as one batch; see `Request` for the rest.
+        """Draw one image per entry of `labels` as one batch; `options` are those of `Request`.
 
-        `latent` defaults to the bundle's; `on_step` is called with the number of each step done.
-        Raises UsageError before any engine is opened, NumericalError naming the step.
+        `latent` defaults to the bundle's. `on_step` gets a `Progress` after each step, and stops
+        the run by returning True. Raises UsageError before any engine is opened, StoppedError,
+        NumericalError naming the step.
         """
-        latent = latent or self.interface.default_latent
-        request = Request(
-            *(labels, latent, image, steps, guidance_scale, eta, seed, first_index, noise),
-            *(continue_at, continue_from),
-        )
+        request = Request(labels, latent or self.interface.default_latent, **options)
         self.check(request)
         size = request.image or self.interface.image_size(request.largest)
         self.engines.open_all(self.resampler.drawing(size))
@@ -131,9 +120,7 @@ class Bundle:
         """Raise UsageError for a request that cannot be met; `batch` images are drawn at once."""
         check_request(self.diffuser, request, batch)
 
-    def diffuse(
-        self, request: Request, on_step: Callable[[int], object] | None = None
-    ) -> NDArray[np.float32]:
+    def diffuse(self, request: Request, on_step: OnStep | None = None) -> NDArray[np.float32]:
         """The latents float32 `[B, C, H, W]` of a request that was checked."""
         return self.diffuser.diffuse(request, on_step)
 

@@ -1,9 +1,7 @@
 """What a bundle cannot draw is refused before any engine is opened."""
 
-import numpy as np
-
 from runtime.bundle.interface import Size
-from runtime.pipeline.diffuser import Diffuser
+from runtime.pipeline.diffuser import Diffuser, distinct
 from runtime.sampling.request import Request
 
 
@@ -31,14 +29,17 @@ def check_request(diffuser: Diffuser, request: Request, batch: int | None = None
 
 def check_steps(diffuser: Diffuser, request: Request, latent: Size, images: int) -> None:
     """Raise UsageError where a graph of the diffuser cannot run a request at a latent size."""
-    conditions, _ = diffuser.branches(request)
-    distinct = np.unique(conditions.reshape(-1, conditions.shape[2]), axis=0)
-    sizes = {"height": latent[0], "width": latent[1], "batch": images, "steps": request.steps + 1}
+    guidance = diffuser.guidance(request, table := request.table(diffuser.schedule))
+    rows, _ = distinct(guidance.conditions)
+    counts = {len(guidance.branches(step)) for step in range(len(table))}
+    sizes = {"height": latent[0], "width": latent[1], "batch": images}
+    sizes["steps"] = len(table.alpha_bar)
     forms = {diffuser.engines.options.form}
-    if diffuser.exact_steps(request.steps):
+    if diffuser.exact_steps(table):
         forms.add("fp32")
     for form in forms:  # each has a plan, and profiles, of its own
-        own = sizes | {"conditions": len(conditions)}
-        diffuser.engines.check(diffuser.step_graph, own, form)
+        for count in counts:
+            own = sizes | {"conditions": count}
+            diffuser.engines.check(diffuser.step_graph, own, form)
     for name in diffuser.kept:
-        diffuser.engines.check(name, sizes | {"conditions": len(distinct)})
+        diffuser.engines.check(name, sizes | {"conditions": len(rows)})

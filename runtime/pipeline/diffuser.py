@@ -4,9 +4,10 @@ Letters: B images, K conditions, C latent channels, H × W latent, S points of t
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,45 +15,95 @@ from numpy.typing import NDArray
 from runtime.bundle.interface import Size
 from runtime.bundle.manifest import Array
 from runtime.coordinates import grid
-from runtime.engines import Engine, SamplingEngine
+from runtime.engines import HISTORY, Engine, SamplingEngine
+from runtime.errors import StoppedError
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.uncoded import Uncoded
 from runtime.pipeline.wiring import EPS, KEPT, LATENT, wires
-from runtime.sampling import ddim, schedule
+from runtime.sampling import schedule, solvers
+from runtime.sampling.guidance import Guidance, guide
+from runtime.sampling.loop import Predictor, StepCallback, sample
 from runtime.sampling.noise import NoiseStreams, refine
 from runtime.sampling.request import Request
+from runtime.sampling.solvers import Table
 
 # eps enters x0 divided by sqrt(alpha_bar): at 1e-6, where a trajectory starts, its error comes out
 # 1000 times as large. bf16 and 8 bits begin where alpha_bar has reached this: with the third of 50
-# steps.
+# steps of DDIM.
 EXACT_BELOW = 1e-3
 COARSE = ("bf16", "int8", "int8w", "fp8")
+LARGEST_LOG_SNR = 80.0  # in place of infinity, where there is no noise
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `on_step` gets: the number of steps done, of how many, and what they have come to."""
+
+    step: int
+    steps: int
+    _estimate: Callable[[], Array]
+    _decode: Callable[[Array, Size | None], Array]
+
+    @cached_property
+    def x0(self) -> NDArray[np.float32]:
+        """The step's estimate of the clean latents, float32 `[B, C, H, W]`; computed if asked."""
+        return np.asarray(self._estimate(), np.float32)
+
+    def decode(self, size: Size | None = None) -> NDArray[np.float32]:
+        """`x0` as images float32 `[B, c, h, w]` in [-1, 1], by default of the request's size."""
+        return self._decode(self.x0, size)
+
+
+OnStep = Callable[[Progress], object]
 
 
 @dataclass(frozen=True)
 class StepInputs:
     """What a step takes besides its latent: what outlives it, and what it takes of the schedule.
 
-    `fixed` stays as it is. `varying` has a leading axis of points of the schedule; those in
-    `gathered` then one of distinct conditions, of which `place` `[K, B]` says which is whose.
+    `fixed` stays as it is; that of `branched` has an axis of conditions first. `varying` has a
+    leading axis of points of the schedule; that of `gathered` then one of distinct conditions, of
+    which `place` `[K, B]` says which is whose.
     """
 
     fixed: dict[str, Array]
+    branched: frozenset[str]
     varying: dict[str, Array]
     gathered: frozenset[str]
     place: NDArray[np.int64]
 
-    def of_step(self, step: int) -> dict[str, Array]:
-        """The inputs that change with the step."""
+    def kept(self, branches: tuple[int, ...]) -> dict[str, Array]:
+        """The inputs that stay, of some of the conditions."""
+        if len(branches) == len(self.place):
+            return self.fixed
         return {
-            name: gather(value[step], self.place) if name in self.gathered else value[step, ...]
+            name: value[list(branches)] if name in self.branched else value
+            for name, value in self.fixed.items()
+        }
+
+    def of_step(self, step: int, branches: tuple[int, ...]) -> dict[str, Array]:
+        """The inputs that change with the step, of some of the conditions."""
+        return {
+            name: gather(value[step], self.place[list(branches)])
+            if name in self.gathered
+            else value[step, ...]
             for name, value in self.varying.items()
         }
 
-    def at(self, step: int) -> dict[str, Array]:
-        """All inputs of a step but its latent."""
-        return self.fixed | self.of_step(step)
+    def at(self, step: int, branches: tuple[int, ...] | None = None) -> dict[str, Array]:
+        """All inputs of a step but its latent, of some of the conditions or of all."""
+        own = tuple(range(len(self.place))) if branches is None else branches
+        return self.kept(own) | self.of_step(step, own)
+
+
+def distinct(conditions: Array) -> tuple[Array, NDArray[np.int64]]:
+    """Distinct rows `[n, labels]` of conditions `[K, B, labels]`, and which is whose `[K, B]`."""
+    count, batch, labels = conditions.shape
+    if not labels:  # of an unconditional model, where all are alike
+        return conditions[0, :1], np.zeros((count, batch), np.int64)
+    rows, place = np.unique(conditions.reshape(-1, labels), axis=0, return_inverse=True)
+    return rows, place.reshape(count, batch)
 
 
 def gather(rows: Array, place: NDArray[np.int64]) -> Array:
@@ -66,24 +117,20 @@ class Diffuser:
     def __init__(self, engines: Engines, resampler: Resampler | Uncoded):
         self.engines, self.resampler = engines, resampler
         self.manifest = engines.manifest
+        self.schedule = schedule.read(self.manifest.schedule)
         self.step_graph = self.manifest.step_graph
         self.kept = self.manifest.of_lifetime(*KEPT)
         self.axes = wires(self.manifest)
 
-    @property
-    def graphs(self) -> list[str]:
-        """Every graph that diffusing needs."""
-        return [*self.kept, self.step_graph]
-
-    def exact_steps(self, steps: int) -> int:
-        """How many of the first of `steps` run in fp32, whatever the precision; see EXACT_BELOW."""
+    def exact_steps(self, table: Table) -> int:
+        """How many of the first steps run in fp32, whatever the precision; see EXACT_BELOW."""
         if self.engines.options.precision not in COARSE:
             return 0
-        return int((schedule.sampling_alpha_bar(steps)[:-1] < EXACT_BELOW).sum())
+        return int((table.alpha_bar[:-1] < EXACT_BELOW).sum())
 
-    def step_engines(self, steps: int) -> tuple[Engine, Engine]:
+    def step_engines(self, table: Table) -> tuple[Engine, Engine]:
         """The engines of a step: of the first `exact_steps` and of all others; often one."""
-        exact = "fp32" if self.exact_steps(steps) else None
+        exact = "fp32" if self.exact_steps(table) else None
         return self.engines.open(self.step_graph, exact), self.engines.open(self.step_graph)
 
     def noise(self, request: Request, latent: Size) -> NoiseStreams:
@@ -91,75 +138,89 @@ class Diffuser:
         shape = (self.manifest.interface.latent_channels, *latent)
         return NoiseStreams(request.seed, request.indices, shape, request.noise)
 
-    def diffuse(
-        self, request: Request, on_step: Callable[[int], object] | None = None
-    ) -> NDArray[np.float32]:
-        """The latents `[B, C, H, W]` of a request that was checked."""
-        steps, turn, larger = request.steps, request.turn, request.continue_at
-        self.step_engines(steps)  # a damaged file shows before any work, not after it
-        self.engines.open_all(self.graphs)
+    def guidance(self, request: Request, table: Table) -> Guidance:
+        """The conditions of a request and their weights in each step of its table."""
+        return request.guidance(table, self.schedule, len(self.manifest.interface.labels))
+
+    def diffuse(self, request: Request, on_step: OnStep | None = None) -> NDArray[np.float32]:
+        """The latents `[B, C, H, W]` of a request that was checked; raises StoppedError."""
+        table, turn, larger = request.table(self.schedule), request.turn, request.continue_at
+        self.step_engines(table)  # a damaged file shows before any work, not after it
+        self.engines.open_all(self.kept)
+        told = self.telling(request, on_step)
         streams = self.noise(request, request.latent)
-        x = self.sample(streams.draw(), streams, request, on_step, (0, turn))
+        x = self.sample(streams.draw(), streams, request, told, (0, turn))
         if larger is None:
             return x
         self.engines.open_all(self.resampler.encoding(larger))
-        denoise, weights = self.denoiser(request, request.latent)
-        part = ddim.sample(denoise, x, steps, weights, first=turn, last=turn)
+        eps = self.predictor(request, request.latent)(x, turn)
         streams = self.noise(request, larger)
-        x = self.enlarge(part, turn, steps, streams.draw())
-        return self.sample(x, streams, request, on_step, (turn, steps))
+        x = self.enlarge(x, eps, float(table.alpha_bar[turn]), streams.draw())
+        return self.sample(x, streams, request, told, (turn, len(table)))
+
+    def telling(self, request: Request, on_step: OnStep | None) -> StepCallback | None:
+        """What a loop calls after a step: tells `on_step`, and raises StoppedError on its word."""
+        if on_step is None:
+            return None
+        interface = self.manifest.interface
+
+        def decode(x0: Array, size: Size | None) -> Array:
+            own = interface.image_size((x0.shape[2], x0.shape[3]))
+            return self.resampler.decode(x0, size or (request.image or own))
+
+        def tell(step: int, estimate: Callable[[], Array]) -> None:
+            if on_step(Progress(step + 1, request.count, estimate, decode)) is True:
+                raise StoppedError(f"stopped after step {step + 1} of {request.count}")
+
+        return tell
 
     def sample(
         self,
         x: Array,
         streams: NoiseStreams,
         request: Request,
-        on_step: Callable[[int], object] | None,
+        on_step: StepCallback | None,
         part: tuple[int, int],
     ) -> NDArray[np.float32]:
-        """`x` `[B, C, H, W]` after DDIM steps, on the device where it can stay.
+        """`x` `[B, C, H, W]` after steps of a request's table, on the device where it can stay.
 
-        `part`: the first step and the one before which to stop, of `request.steps`.
+        `part`: the first step and the one before which to stop.
         """
-        (start, stop), steps = part, request.steps
         size = (x.shape[2], x.shape[3])
-        first, engine = self.step_engines(steps)
-        if isinstance(first, SamplingEngine) and isinstance(engine, SamplingEngine):
-            conditions, weights = self.branches(request)
-            inputs = self.inputs(conditions, size, schedule.sampling_alpha_bar(steps))
-            turn = min(max(self.exact_steps(steps), start), stop)
-            for own, span in ((first, (start, turn)), (engine, (turn, stop))):
-                updates = self.updates(inputs, weights, streams, request, span)
-                if update := next(updates, None):  # None where the span has no step
-                    given = {LATENT: x, **inputs.fixed, **update}
-                    x = own.sample(given, chain([update], updates), on_step, span[0])
-            return x
+        table = request.table(self.schedule)
 
         def fresh(step: int) -> Array:
             return streams.draw(step + 1)
 
-        denoise, weights = self.denoiser(request, size)
-        made = ddim.sample(denoise, x, steps, weights, request.eta, fresh, on_step, *part)
-        return np.asarray(made.x, np.float32)
+        engines = self.step_engines(table)
+        if not all(isinstance(engine, SamplingEngine) for engine in engines):
+            predict = self.predictor(request, size)
+            return np.asarray(sample(predict, x, table, fresh, on_step, *part), np.float32)
+        guidance, exact = self.guidance(request, table), self.exact_steps(table)
+        inputs = self.prepare(request, size)
+        state = {LATENT: x} | {name: np.zeros_like(x) for name in (*HISTORY, "noise")}
+        kinds = groupby(range(*part), lambda step: (step >= exact, guidance.branches(step)))
+        for (later, branches), group in kinds:  # an engine and a number of conditions each
+            steps = list(group)
+            engine = engines[later]
+            assert isinstance(engine, SamplingEngine)
+            updates = (self.update(inputs, table, guidance, fresh, step) for step in steps)
+            state |= engine.sample({**state, **inputs.kept(branches)}, updates, on_step, steps[0])
+        return state[LATENT]
 
-    def branches(self, request: Request) -> tuple[Array, list[NDArray[np.float32]]]:
-        """Conditions `[K, B, labels]` and each branch's weight per image; see `Request`."""
-        return request.branches(len(self.manifest.interface.labels))
+    def predictor(self, request: Request, latent: Size) -> Predictor:
+        """Guided eps of a request's steps with all that outlives one computed here."""
+        table = request.table(self.schedule)
+        guidance, inputs = self.guidance(request, table), self.prepare(request, latent)
+        exact, (first, engine) = self.exact_steps(table), self.step_engines(table)
 
-    def denoiser(
-        self, request: Request, latent: Size
-    ) -> tuple[ddim.Denoiser, list[NDArray[np.float32]]]:
-        """eps of a request's steps with all that outlives one computed here, and its weights."""
-        conditions, weights = self.branches(request)
-        steps = request.steps
-        inputs = self.inputs(conditions, latent, schedule.sampling_alpha_bar(steps))
-        exact, (first, engine) = self.exact_steps(steps), self.step_engines(steps)
-
-        def denoise(x: Array, step: int) -> Array:
+        def predict(x: Array, step: int) -> Array:
             own = first if step < exact else engine
-            return own.run({LATENT: x, **inputs.at(step)})[EPS]
+            given = inputs.at(step, guidance.branches(step))
+            eps = own.run({LATENT: x, **given})[EPS]
+            return np.asarray(guide(eps, guidance.at(step)))
 
-        return denoise, weights
+        return predict
 
     def denoise(self, latent: Array, alpha_bar: float, conditions: Array) -> NDArray[np.float32]:
         """One evaluation: latent `[B, C, H, W]`, conditions `[K, B, labels]` -> eps `[K, B, ...]`.
@@ -170,74 +231,72 @@ class Diffuser:
         inputs = self.inputs(conditions, size, np.array([alpha_bar]))
         return self.engines.open(self.step_graph).run({LATENT: latent, **inputs.at(0)})[EPS]
 
-    def enlarge(self, part: ddim.Sample, step: int, steps: int, noise: Array) -> Array:
-        """x of `step` at the larger size of `noise` `[B, C, H, W]`, from a sample at that step.
+    def enlarge(self, x: Array, eps: Array, alpha_bar: float, noise: Array) -> Array:
+        """x at the larger size of `noise` `[B, C, H, W]`, from x and its eps where both are small.
 
         x = sqrt(a) · x0 + sqrt(1 - a) · eps there as here: the resampler enlarges the estimate of
-        x0, and the estimate of eps becomes the coarse part of `noise`, so that the variance stays
-        1 - a.
+        x0, and that of eps becomes the coarse part of `noise`, so that the variance stays 1 - a.
         """
         height, width = noise.shape[2:]
-        a = float(schedule.sampling_alpha_bar(steps)[step])
-        x0 = self.resampler.enlarge(part.x0, (height, width))
-        eps = refine(ddim.predict_eps(part.x, part.x0, a), noise)
-        return np.asarray(x0 * math.sqrt(a) + eps * math.sqrt(1 - a), np.float32)
+        x0 = solvers.predict_x0(x, eps, alpha_bar)
+        eps = refine(solvers.predict_eps(x, x0, alpha_bar), noise)
+        x0 = self.resampler.enlarge(x0, (height, width))
+        larger = x0 * math.sqrt(alpha_bar) + eps * math.sqrt(1 - alpha_bar)
+        return np.asarray(larger, np.float32)
+
+    def prepare(self, request: Request, latent: Size) -> StepInputs:
+        """What outlives a step of a request at a latent size, computed."""
+        table = request.table(self.schedule)
+        return self.inputs(self.guidance(request, table).conditions, latent, table.alpha_bar)
 
     def inputs(self, conditions: Array, latent: Size, alpha_bar: NDArray[np.float64]) -> StepInputs:
         """What outlives a step, computed: conditions `[K, B, labels]`, alpha_bar `[S]`."""
-        count, batch, labels = conditions.shape
-        unique, place = np.unique(conditions.reshape(-1, labels), axis=0, return_inverse=True)
-        place = place.reshape(count, batch)
+        unique, place = distinct(conditions)
+        log_snr = np.clip(schedule.log_snr(alpha_bar), -LARGEST_LOG_SNR, LARGEST_LOG_SNR)
         known: dict[str, Array] = {
             "coordinates": grid(*latent),
             "alpha_bar": alpha_bar.astype(np.float32),
-            "log_snr": log_snr(alpha_bar),
+            "log_snr": log_snr.astype(np.float32),
             "condition": unique,
         }
         for name in self.kept:
-            spec = self.manifest.graphs[name]
-            given = {tensor.name: known[tensor.name] for tensor in spec.inputs}
+            given = {
+                tensor.name: known[tensor.name] for tensor in self.manifest.graphs[name].inputs
+            }
             known |= self.engines.open(name).run(given)
         fixed: dict[str, Array] = {}
         varying: dict[str, Array] = {}
-        gathered = set()
+        branched, gathered = set(), set()
         for tensor in self.manifest.graphs[self.step_graph].inputs:
-            if tensor.name == LATENT:
+            name = tensor.name
+            if name == LATENT:
                 continue
-            value, axes = known[tensor.name], self.axes[tensor.name]
+            value, axes = known[name], self.axes[name]
             if axes[:1] == ("steps",):
-                varying[tensor.name] = value
+                varying[name] = value
                 if axes[1:2] == ("conditions",):
-                    gathered.add(tensor.name)
+                    gathered.add(name)
+            elif axes[:1] == ("conditions",):
+                fixed[name] = gather(value, place)
+                branched.add(name)
             else:
-                fixed[tensor.name] = gather(value, place) if axes[:1] == ("conditions",) else value
-        return StepInputs(fixed, varying, frozenset(gathered), place)
+                fixed[name] = value
+        return StepInputs(fixed, frozenset(branched), varying, frozenset(gathered), place)
 
-    def updates(
+    def update(
         self,
         inputs: StepInputs,
-        weights: Sequence[NDArray[np.float32]],
-        noise: NoiseStreams,
-        request: Request,
-        part: tuple[int, int],
-    ) -> Iterator[dict[str, Array]]:
-        """What changes per step of `part` for a `SamplingEngine`; `noise` where it has changed."""
-        first, last = part
-        alpha_bars = [float(a) for a in schedule.sampling_alpha_bar(request.steps)]
-        for step, (a, a_next) in enumerate(pairwise(alpha_bars[first : last + 1]), first):
-            keep, move, spread = ddim.step_weights(a, a_next, request.eta)
-            update = inputs.of_step(step) | {
-                "keep": np.array([keep], np.float32),
-                "weights": np.stack(weights) * np.float32(move),
-            }
-            if spread > 0:
-                update["noise"] = noise.draw(step + 1) * np.float32(spread)
-            elif step == first:
-                update["noise"] = np.zeros((len(noise.indices), *noise.shape), np.float32)
-            yield update
-
-
-def log_snr(alpha_bar: NDArray[np.float64]) -> NDArray[np.float32]:
-    """ln(alpha_bar / (1 - alpha_bar)), which float32 alpha_bar near 1 would have lost."""
-    with np.errstate(divide="ignore"):  # infinite where there is no noise
-        return (np.log(alpha_bar) - np.log1p(-alpha_bar)).astype(np.float32)
+        table: Table,
+        guidance: Guidance,
+        noise: Callable[[int], Array],
+        step: int,
+    ) -> dict[str, Array]:
+        """What changes in a step for a `SamplingEngine`; `noise` where it is used."""
+        row = *table.update(step), *map(float, table.rows[step, :2])
+        update = inputs.of_step(step, guidance.branches(step)) | {
+            "row": np.array(row, np.float32),
+            "weights": np.stack(guidance.at(step)),
+        }
+        if table.rows[step, 6] > 0:
+            update["noise"] = noise(step)
+        return update

@@ -3,7 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,16 @@ from calibration.quantize import FORMS, Layer, layers, quantized, token_ranges
 from calibration.samples import Sample, Samples, Settings, calibration_set, load
 from runtime.bundle.files import TEMPORARY_PREFIX
 from runtime.bundle.manifest import Array, GraphSpec, Manifest, read_manifest
-from runtime.engines import Engine, EngineOptions
+from runtime.engines import HISTORY, Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.images.pixels import read_metadata
 from runtime.pipeline.bundle import open_bundle
+from runtime.pipeline.diffuser import Progress
+from runtime.sampling import solvers
+from runtime.sampling.loop import StepCallback
 from runtime.sampling.request import Request
+from runtime.sampling.schedule import COSINE
 from tests.conftest import HEAVY, Command
 
 
@@ -318,12 +323,13 @@ def test_a_trajectory_starts_in_fp32(quantized_bundle: Path) -> None:
     exact, ours = (
         open_bundle(quantized_bundle, EngineOptions(precision=p)) for p in ("fp32", "int8")
     )
-    assert [ours.diffuser.exact_steps(steps) for steps in (1, 3, 50, 1000)] == [1, 1, 2, 21]
-    assert exact.diffuser.exact_steps(1000) == 0
+    tables = [solvers.table("ddim", COSINE, steps) for steps in (1, 3, 50, 1000)]
+    assert [ours.diffuser.exact_steps(table) for table in tables] == [1, 1, 2, 21]
+    assert exact.diffuser.exact_steps(tables[3]) == 0
     for steps, same in ((1, True), (3, False)):
         drawn = []
         for pipeline in (exact, ours):
-            drawn.append(pipeline.diffuse(Request([1], (4, 4), steps=steps)))
+            drawn.append(pipeline.diffuse(Request([1], (4, 4), steps=steps, solver="ddim")))
         assert np.array_equal(drawn[0], drawn[1]) == same
 
 
@@ -345,33 +351,37 @@ class OnDevice:
         self,
         inputs: Mapping[str, Array],
         updates: Iterable[Mapping[str, Array]],
-        on_step: Callable[[int], object] | None = None,
+        on_step: StepCallback | None = None,
         first: int = 0,
-    ) -> Array:
+    ) -> dict[str, Array]:
         held = dict(inputs)
         for step, update in enumerate(updates, first):
             held |= update
-            given = {k: v for k, v in held.items() if k not in ("keep", "weights", "noise")}
-            eps = self.engine.run(given)["eps"]
-            moved = held["keep"] * held["latent"] + (held["weights"] * eps).sum(0)
-            held["latent"] = (moved + held["noise"]).astype(np.float32)
+            own = ("row", "weights", "noise", *HISTORY)
+            eps = self.engine.run({k: v for k, v in held.items() if k not in own})["eps"]
+            eps = (held["weights"] * eps).sum(0)
+            keep, move, c, d, e, p, q = held["row"]
+            x, one, two = held["latent"], *(held[name] for name in HISTORY)
+            held["latent"] = keep * x + move * eps + c * one + d * two + e * held["noise"]
+            held |= {"x0_1": p * x + q * eps, "x0_2": one}
             self.runs += 1
             if on_step is not None:
-                on_step(step)
-        return held["latent"]
+                on_step(step, partial(np.add, p * x, q * eps))
+        return {name: held[name] for name in ("latent", *HISTORY)}
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_on_a_device_it_starts_in_fp32_too(quantized_bundle: Path, eta: float) -> None:
     drawn, engines = [], []
-    steps: list[int] = []
+    steps: list[Progress] = []
     for device in (False, True):
         pipeline = open_bundle(quantized_bundle, EngineOptions(precision="int8"))
         if device:
             engines = [OnDevice(pipeline.engines.open("r2id", p)) for p in ("fp32", "int8")]
-            pipeline.engines.opened["r2id", "fp32"], pipeline.engines.opened["r2id", "int8"] = (
-                engines
-            )
-        drawn.append(pipeline.diffuse(Request([1], (4, 4), steps=4, eta=eta), steps.append))
-    assert [engine.runs for engine in engines] == [1, 3] and steps == [*range(4)] * 2
+            kept = pipeline.engines.opened
+            kept["r2id", "fp32"], kept["r2id", "int8"] = engines
+        request = Request([1], (4, 4), steps=4, eta=eta, guidance_interval=(0, 0.7))
+        drawn.append(pipeline.diffuse(request, steps.append))
+    assert [engine.runs for engine in engines] == [1, 3]
+    assert [progress.step for progress in steps] == [1, 2, 3, 4] * 2
     np.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())

@@ -21,8 +21,9 @@ from runtime.bundle.files import exclusive, sha256
 from runtime.bundle.manifest import GraphSpec, TensorSpec, read_manifest
 from runtime.engines.tensorrt import plan_interface
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, UsageError
-from runtime.sampling import ddim
-from runtime.sampling.schedule import sampling_alpha_bar
+from runtime.sampling import solvers
+from runtime.sampling.loop import sample
+from runtime.sampling.schedule import COSINE
 from tests.conftest import ROOT, Command
 
 library = pytest.importorskip(
@@ -104,8 +105,8 @@ def test_the_shipped_model_has_plans_for_two_targets(tmp_path: Path, command: Co
     assert plan is not None and plan.profiles[0]["height"] == (4, 20, 256)
 
 
-def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
-    """The step graph with its update, on ONNX Runtime, against ddim.sample."""
+def test_the_update_is_the_sampler_s(tiny_bundle: Path) -> None:
+    """The step graph with its update, on ONNX Runtime, against `loop.sample`."""
     manifest = read_manifest(tiny_bundle)
     spec = manifest.graph("r2id")
     interface, model = plans.with_update(spec, manifest.file_bytes(spec))
@@ -117,19 +118,20 @@ def test_the_update_is_the_sampler_s_step(tiny_bundle: Path) -> None:
         s.name: rng.standard_normal(s.shape(sizes)).astype(np.float32) for s in interface.inputs
     }
     given["text_k"] = np.abs(given["text_k"]) + 1
-    eps = session.run(["eps"], given)[0]
-    made, size = session.run(["next", "size"], given)
-    wanted = given["keep"] * given["latent"] + (given["weights"] * eps).sum(0) + given["noise"]
-    np.testing.assert_allclose(made, wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(size.ravel(), np.abs(wanted).mean(), rtol=1e-5)
-    x, scales = given["latent"].astype(np.float64), (-1.0, 1.5, 0.5)
-    one = ddim.sample(lambda x, step: eps.astype(np.float64), x, 1, scales, 0.5, lambda step: x)
-    first, last = map(float, sampling_alpha_bar(1))
-    keep, move, spread = ddim.step_weights(first, last, 0.5)
-    weights = np.array(scales).reshape(3, 1, 1, 1, 1)
-    np.testing.assert_allclose(
-        keep * x + (weights * move * eps).sum(0) + spread * x, one.x, rtol=1e-9, atol=1e-9
-    )
+    table = solvers.table("dpm++3m", COSINE, 4, eta=0.5)
+
+    def predict(x: np.ndarray, step: int) -> np.ndarray:
+        eps = session.run(["eps"], given | {"latent": x.astype(np.float32)})[0]
+        return np.asarray((given["weights"] * eps).sum(0))
+
+    wanted = sample(predict, given["latent"], table, lambda step: given["noise"])
+    for step in range(4):
+        row = *table.update(step), *table.rows[step, :2]
+        given["row"] = np.array(row, np.float32)
+        made, x0, size = session.run(["next", "x0", "size"], given)
+        np.testing.assert_allclose(size.ravel(), np.abs(made).mean(), rtol=1e-5)
+        given |= {"latent": made, "x0_1": x0, "x0_2": given["x0_1"]}
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
     given["noise"][0, 0, 0, 0] = np.nan
     assert np.isnan(session.run(["size"], given)[0]).all()
     assert plans.with_update(manifest.graph("r2id_film"), b"")[1] == b""

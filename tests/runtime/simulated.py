@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+FUSED = ["weights", "row", "x0_1", "x0_2", "noise", "next", "x0", "size"]
+
 
 class Cuda:
     """The calls of `cuda.bindings.runtime` that the engine makes; `limit` bytes of memory."""
@@ -109,7 +111,8 @@ class Context:
         for value in self.engine.session.get_outputs():
             self.shapes[value.name] = tuple(axes.get(axis, axis) for axis in value.shape)
         if self.engine.fused:
-            self.shapes |= {"next": self.shapes["latent"], "size": (1, 1, 1, 1)}
+            self.shapes |= dict.fromkeys(("next", "x0"), self.shapes["latent"])
+            self.shapes["size"] = (1, 1, 1, 1)
         return self.lib.answer("infer_shapes", [], ["latent"])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -126,8 +129,11 @@ class Context:
         for name, value in zip(names, self.engine.session.run(names, given), strict=True):
             at[name][...] = value
         if self.engine.fused:
-            moved = (at["weights"] * at["eps"]).sum(0)
-            at["next"][...] = at["keep"] * at["latent"] + moved + at["noise"]
+            keep, move, c, d, e, p, q = at["row"]
+            x, eps = at["latent"], (at["weights"] * at["eps"]).sum(0)
+            history = c * at["x0_1"] + d * at["x0_2"] + e * at["noise"]
+            at["next"][...] = keep * x + move * eps + history
+            at["x0"][...] = p * x + q * eps
             at["size"][...] = np.abs(at["next"]).mean()
         return self.lib.answer("execute_async_v3", True, False)
 
@@ -143,7 +149,7 @@ class Engine:
         values = (*self.session.get_inputs(), *self.session.get_outputs())
         self.names = [value.name for value in values]
         self.fused = "eps" in self.names
-        self.names += ["weights", "keep", "noise", "next", "size"] if self.fused else []
+        self.names += FUSED if self.fused else []
         self.num_io_tensors = len(self.names)
         self.num_optimization_profiles = library.profiles_in_a_plan
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from runtime import open_bundle
 from runtime.bundle.files import exclusive, sha256
 from runtime.bundle.manifest import Manifest, PlanSpec, read_manifest, relative_error
-from runtime.engines import EngineOptions, SamplingEngine, cuda, tensorrt
+from runtime.engines import HISTORY, EngineOptions, SamplingEngine, cuda, tensorrt
 from runtime.errors import (
     ArtefactError,
     IncompatibleError,
@@ -26,8 +26,8 @@ from runtime.errors import (
     UsageError,
 )
 from runtime.pipeline.bundle import Bundle
+from runtime.pipeline.diffuser import Progress
 from runtime.sampling.request import Request
-from runtime.sampling.schedule import sampling_alpha_bar
 from tests.conftest import Command, poison_film
 from tests.runtime.simulated import Cuda, Library
 
@@ -92,7 +92,12 @@ def opened(bundle: Path) -> Bundle:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "more", [{}, {"continue_at": (6, 10), "continue_from": 2}, {"image": (60, 64)}]
+    "more",
+    [
+        {"solver": "ddim"},
+        {"continue_at": (6, 10), "continue_from": 2},
+        {"image": (60, 64), "guidance_interval": (0.2, 0.7)},
+    ],
 )
 def test_plans_draw_what_graphs_draw(
     bundle: Path, library: Library, eta: float, more: dict[str, Any]
@@ -105,12 +110,12 @@ def test_plans_draw_what_graphs_draw(
         "seed": 4,
         **more,
     }
-    steps: list[int] = []
+    steps: list[Progress] = []
     found = opened(bundle).generate(**request, on_step=steps.append)
     wanted = open_bundle(bundle, EngineOptions(threads=1)).generate(**request)
     assert relative_error(found.latents, wanted.latents) < 1e-5
     np.testing.assert_allclose(found.images, wanted.images, rtol=1e-4, atol=1e-4)
-    assert steps == list(range(6))
+    assert [progress.step for progress in steps] == [*range(1, 7)]
     assert opened(bundle).engines.open("r2id").provider == "tensorrt_rtx"
 
 
@@ -120,19 +125,20 @@ def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     engine = pipeline.engines.open("r2id")
     assert isinstance(engine, SamplingEngine)
     request = Request([1], (6, 7), steps=5)
-    conditions, weights = pipeline.diffuser.branches(request)
-    inputs = pipeline.diffuser.inputs(conditions, (6, 7), sampling_alpha_bar(5))
-    noise = pipeline.diffuser.noise(request, request.latent)
-    updates = list(pipeline.diffuser.updates(inputs, weights, noise, request, (0, 5)))
-    given = {"latent": noise.draw(), **inputs.fixed, **updates[0]}
+    diffuser = pipeline.diffuser
+    guidance = diffuser.guidance(request, table := request.table(diffuser.schedule))
+    inputs = diffuser.prepare(request, (6, 7))
+    noise = diffuser.noise(request, request.latent)
+    updates = [diffuser.update(inputs, table, guidance, noise.draw, step) for step in range(5)]
+    state = dict.fromkeys(("latent", *HISTORY, "noise"), noise.draw())
     library.cuda.copies.clear()
-    latent = engine.sample(given, updates).nbytes
+    latent = engine.sample({**state, **inputs.kept((0, 1))}, updates)["latent"].nbytes
     copies = library.cuda.copies
-    assert [n for way, n in copies if way == "device→host"] == [4] * 5 + [latent]
-    assert [n for way, n in copies if way == "device→device"] == [latent] * 5
+    assert [n for way, n in copies if way == "device→host"] == [4] * 5 + [latent] * 3
+    assert [n for way, n in copies if way == "device→device"] == [latent] * 15
     marks = [i for i, copy in enumerate(copies) if copy == ("device→host", 4)]
     small = sum(array.nbytes for array in updates[1].values())
-    assert set(updates[1]) == {"film", "keep", "weights"}
+    assert set(updates[1]) == {"film", "row", "weights"}
     for start, end in pairwise(marks):
         uploads = [n for way, n in copies[start:end] if way == "host→device"]
         assert len(uploads) == 3 and sum(uploads) == small

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 from export.families.r2 import graphs
 from export.to_onnx import GraphSource
 from reference.families.r2.model import R2Models
-from runtime.bundle.interface import Cosine, Interface, Range
+from runtime.bundle.interface import CosineData, Interface, Range
 from runtime.bundle.manifest import Axis, Lifetime, TensorSpec
-from runtime.sampling.schedule import FLOOR, OFFSET
 
 SIDES = Range(1, 65536)
 # float32 arrays of R2IR's width that a graph holds per pixel at its peak, measured by
@@ -41,9 +40,9 @@ def interface(models: R2Models, labels: tuple[str, ...]) -> Interface:
     )
 
 
-def schedule(models: R2Models) -> Cosine:
+def schedule(models: R2Models) -> CosineData:
     """The schedule that every R2ID is trained with."""
-    return Cosine(OFFSET, FLOOR)
+    return CosineData()
 
 
 def decode(models: R2Models, latent: Tensor, size: tuple[int, int]) -> Tensor:

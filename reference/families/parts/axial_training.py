@@ -19,7 +19,7 @@ from reference.families.parts.training import (
     times,
     widened,
 )
-from runtime.sampling import schedule
+from runtime.sampling.schedule import COSINE
 
 IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
 KEYS = frozenset(
@@ -58,7 +58,7 @@ class AxialTask(Task):
         c, device, batch = self.config, step.images.device, len(step.images)
         image = step.picture(self.size[0], self.size[1], self.pad, "bicubic")
         label = branches(widened(step.condition, self.labels), self.parts, c["condition_dropout"])
-        alpha_bar = torch.from_numpy(schedule.alpha_bar(times(batch).numpy())).float().to(device)
+        alpha_bar = torch.from_numpy(COSINE.alpha_bar(times(batch).numpy())).float().to(device)
         a = alpha_bar.view(-1, 1, 1, 1)
         eps = torch.randn_like(image)
         noisy = a.sqrt() * image + (1 - a).sqrt() * eps

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reference.data import Images, fit, paint
 from reference.families.parts.models import Models
-from runtime.sampling import schedule
+from runtime.sampling.schedule import COSINE
 
 WEIGHTS = ("uniform", "min-snr", "sigmoid")
 LEAST_ALPHA_BAR = 4.54e-5  # sigmoid(-10), where the sigmoid weight's schedule ends
@@ -137,7 +137,7 @@ def loss_weight(kind: str, parameter: float, alpha_bar: Tensor) -> Tensor:
     if kind == "min-snr":
         return snr.clamp(max=parameter) / snr
     if kind == "sigmoid":  # the cosine schedule's λ = 2·log cot u has dλ/du = -4 / sin 2u
-        slope = math.pi / (1 + schedule.OFFSET) / (2 * (a * (1 - a)).sqrt())
+        slope = math.pi / (1 + COSINE.offset) / (2 * (a * (1 - a)).sqrt())
         return slope * torch.sigmoid(parameter - snr.log())
     return torch.ones_like(a)
 

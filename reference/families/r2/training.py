@@ -28,7 +28,7 @@ from reference.families.r2.initialisation import initialise_r2id, initialise_r2i
 from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid
-from runtime.sampling import schedule
+from runtime.sampling.schedule import COSINE
 
 DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
 KEYS = frozenset({"attention_dropout", "ffn_dropout", "jitter", "latent", "aspect", "square"})
@@ -148,7 +148,7 @@ class R2IDTask(R2Task):
         latent = self.latent(step, size)
         label = branches(widened(step.condition, self.labels), self.parts, c["condition_dropout"])
         t = times(len(latent))
-        alpha_bar = torch.from_numpy(schedule.alpha_bar(t.numpy())).float().to(device)
+        alpha_bar = torch.from_numpy(COSINE.alpha_bar(t.numpy())).float().to(device)
         a = alpha_bar.view(-1, 1, 1)
         eps = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * eps

@@ -1,0 +1,180 @@
+"""Solvers as tables: where a run evaluates the model, and what it makes of each evaluation.
+
+A run of S evaluations has S + 1 nodes alpha_bar, from noise to picture, and a row of seven numbers
+per evaluation, all float64:
+
+    x0 = p · x + q · eps,    x' = a · x + b · x0 + c · x0₋₁ + d · x0₋₂ + e · noise
+
+with x0₋₁ and x0₋₂ of the two evaluations before. Rows of an explicit start need no history: c and d
+are 0 in the first row, d in the second.
+
+Sources: Song, Meng and Ermon, "Denoising Diffusion Implicit Models", eq. 12 and 16; Lu et al.,
+"DPM-Solver++" (arXiv 2211.01095), data prediction, multistep, its integrals solved exactly.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from runtime.sampling.choices import SOLVERS
+from runtime.sampling.schedule import Floats, Schedule, log_snr
+
+EPSILON = 1e-6  # as published with the cosine schedule's DDIM
+LAST_TIME = 0.01  # t of the last evaluation, whose x0 is the sample
+KARRAS_RHO = 7.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Nodes alpha_bar `[S + 1]`, rising, and rows (p, q, a, b, c, d, e) `[S, 7]`, float64."""
+
+    alpha_bar: Floats
+    rows: Floats
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def update(self, step: int) -> tuple[float, ...]:
+        """(keep, move, c, d, e) of x' = keep · x + move · eps + c · x0₋₁ + d · x0₋₂ + e · noise."""
+        p, q, a, b, c, d, e = map(float, self.rows[step])
+        return a + b * p, b * q, c, d, e
+
+    @property
+    def has_history(self) -> bool:
+        """Does any row take the x0 of an evaluation before it?"""
+        return bool(self.rows[:, 4:6].any())
+
+
+def table(
+    solver: str,
+    schedule: Schedule,
+    steps: int,
+    spacing: str | None = None,
+    eta: float = 0.0,
+    restart: int = 0,
+) -> Table:
+    """The table of a run of `steps` evaluations with a solver over a spacing of `choices`.
+
+    `restart`: a step that takes no x0 of those before it, as where the latent's size changes.
+    """
+    own = SOLVERS[solver]
+    spacing = spacing or own.spacing
+    if own.order == 0 and spacing == "time":
+        nodes = schedule.alpha_bar(np.linspace(1.0, 0.0, steps + 1))
+    else:
+        nodes = np.append(GRIDS[spacing](schedule, steps), 1.0)
+    return Table(nodes, np.array(rows(nodes, own.order, eta, restart)))
+
+
+def rows(nodes: Floats, order: int, eta: float, restart: int = 0) -> list[tuple[float, ...]]:
+    """The rows `[S, 7]` between nodes alpha_bar `[S + 1]`; see `table`."""
+    if order == 0:
+        return [ddim_row(a, b, eta) for a, b in pairwise(nodes)]
+    logs = log_snr(nodes) / 2
+    found = []
+    for step in range(len(nodes) - 1):
+        begin = restart if step >= restart else 0
+        known = logs[max(begin, step - order + 1) : step + 1][::-1]
+        found.append(multistep_row(nodes[step], nodes[step + 1], known, logs[step + 1], eta))
+    return found
+
+
+def ddim_row(alpha_bar: float, next_alpha_bar: float, eta: float) -> tuple[float, ...]:
+    """DDIM as published: with its guards of 1e-6, and noise that may exceed the step's own.
+
+    x0 = (x - sqrt(1 - a) · eps) / (sqrt(a) + 1e-6), direction = (x - sqrt(a) · x0) /
+    (sqrt(1 - a) + 1e-6), x' = sqrt(a') · x0 + sqrt(1 - a' - e²) · direction + e · noise.
+    """
+    root, rest = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    spread = sigma(alpha_bar, next_alpha_bar, eta)
+    onward = math.sqrt(max(0.0, 1 - next_alpha_bar - spread**2)) / (rest + EPSILON)
+    share = math.sqrt(next_alpha_bar) - onward * root
+    return 1 / (root + EPSILON), -rest / (root + EPSILON), onward, share, 0.0, 0.0, spread
+
+
+def sigma(alpha_bar: float, next_alpha_bar: float, eta: float) -> float:
+    """Standard deviation of the noise that a step of DDIM adds; 0 where eta is 0."""
+    posterior = max(0.0, (1 - next_alpha_bar) / (1 - alpha_bar + EPSILON))
+    fresh = max(0.0, 1 - alpha_bar / (next_alpha_bar + EPSILON))
+    return eta * math.sqrt(posterior * fresh)
+
+
+def predict_x0(x: Any, eps: Any, alpha_bar: float) -> Any:
+    """x0 = (x - sqrt(1 - a) · eps) / (sqrt(a) + 1e-6)."""
+    return (x - eps * math.sqrt(1 - alpha_bar)) / (math.sqrt(alpha_bar) + EPSILON)
+
+
+def predict_eps(x: Any, x0: Any, alpha_bar: float) -> Any:
+    """eps = (x - sqrt(a) · x0) / (sqrt(1 - a) + 1e-6)."""
+    return (x - x0 * math.sqrt(alpha_bar)) / (math.sqrt(1 - alpha_bar) + EPSILON)
+
+
+def multistep_row(
+    alpha_bar: float, next_alpha_bar: float, known: Floats, end: float, eta: float
+) -> tuple[float, ...]:
+    """An exponential Adams step over λ = log-SNR / 2, from `known[0]` to `end`.
+
+    x0 is taken to be the polynomial in λ through its estimates at `known` (the present one, then
+    those before it), and the linear rest of the equation is solved exactly: with g = 1 + eta,
+
+        x' = σ'/σ · e^(-eta·h) · x + sqrt(a') · g ∫₀ʰ e^(-g(h - s)) x0(λ + s) ds
+             + σ' · sqrt(1 - e^(-2·eta·h)) · noise,    h = end - λ, σ = sqrt(1 - a).
+
+    eta 0 is the probability flow; 1 the reverse SDE, at order 1 the step of ancestral sampling.
+    """
+    root, rest = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    step, g = end - known[0], 1 + eta
+    if math.isinf(step):
+        return 1 / root, -rest / root, 0.0, 1.0, 0.0, 0.0, 0.0
+    moments = [-math.expm1(-g * step)]
+    for power in range(1, len(known)):  # g ∫ e^(-g(h - s)) s^power ds, by parts
+        moments.append(step**power - power / g * moments[-1])
+    powers = np.vander(known - known[0], increasing=True).T
+    weights = math.sqrt(next_alpha_bar) * np.linalg.solve(powers, np.array(moments))
+    onward = math.sqrt(1 - next_alpha_bar)
+    keep = onward / rest * math.exp(-eta * step)
+    spread = onward * math.sqrt(-math.expm1(-2 * eta * step))
+    present, first, second = (*map(float, weights), 0.0, 0.0)[:3]
+    return 1 / root, -rest / root, keep, present, first, second, spread
+
+
+def start_time(steps: int) -> float:
+    """t of the first evaluation: the fewer there are, the later the best one."""
+    return 0.98 if steps < 8 else 0.99 if steps < 10 else 0.995 if steps < 15 else 0.999
+
+
+def ends(schedule: Schedule, steps: int) -> tuple[float, float]:
+    """log-SNR of the first and the last evaluation."""
+    first, last = log_snr(schedule.alpha_bar(np.array([start_time(steps), LAST_TIME])))
+    return float(first), float(last)
+
+
+def _time(schedule: Schedule, steps: int) -> Floats:
+    return schedule.alpha_bar(np.linspace(start_time(steps), 0.0, steps + 1)[:-1])
+
+
+def _logsnr(schedule: Schedule, steps: int) -> Floats:
+    return expit(np.linspace(*ends(schedule, steps), steps))
+
+
+def _karras(schedule: Schedule, steps: int) -> Floats:
+    """Karras et al., "Elucidating the Design Space", eq. 5, with ρ = 7 and σ = e^(-log-SNR / 2)."""
+    first, last = (math.exp(-end / 2 / KARRAS_RHO) for end in ends(schedule, steps))
+    return expit(-2 * KARRAS_RHO * np.log(np.linspace(first, last, steps)))
+
+
+GRIDS: dict[str, Callable[[Schedule, int], Floats]] = {
+    "time": _time,
+    "logsnr": _logsnr,
+    "karras": _karras,
+}
+
+
+def expit(log_snr: Floats) -> Floats:
+    """alpha_bar of a log-SNR: 1 / (1 + e^(-log-SNR))."""
+    found: Floats = 1 / (1 + np.exp(-log_snr))
+    return found

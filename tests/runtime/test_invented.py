@@ -1,0 +1,344 @@
+"""A bundle of a family that nobody has: the runtime needs its manifest and graphs, and no code.
+
+It diffuses RGB pixels, with sides a multiple of 3. Its eps has a closed form:
+
+    eps[k, b, c, y, x] = a · latent + hue[condition] + place[y, x],   a = 1 / (1 + e^log_snr)
+    hue = condition · colours / 10,   place = (square x + square y) / 100 over thirds of the size
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from PIL import Image
+
+from runtime import Bundle, open_bundle
+from runtime.bundle.files import sha256
+from runtime.bundle.interface import CosineData, Interface, Range, Trained
+from runtime.bundle.manifest import (
+    Axis,
+    GraphSpec,
+    Lifetime,
+    Manifest,
+    Source,
+    TensorSpec,
+    read_manifest,
+)
+from runtime.coordinates import grid
+from runtime.engines import EngineOptions
+from runtime.errors import ArtefactError, StoppedError, UsageError
+from runtime.pipeline.diffuser import Progress
+from runtime.sampling import solvers
+from runtime.sampling.guidance import guided
+from runtime.sampling.loop import sample
+from runtime.sampling.noise import NoiseStreams
+from runtime.sampling.schedule import COSINE
+from tests.conftest import Command
+
+LABELS = ("dawn", "noon", "dusk")
+COLOURS = np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32)
+SIDES = Range(3, 48, 3)
+LATENT: tuple[Axis, ...] = ("batch", 3, "height", "width")
+THIRDS: tuple[Axis, ...] = ("height/3", "width/3")
+Tensors = dict[str, tuple[Axis, ...]]
+
+
+def graph(
+    folder: Path,
+    name: str,
+    lifetime: Lifetime,
+    inputs: Tensors,
+    outputs: Tensors,
+    nodes: list[tuple[str, list[str], list[str], dict[str, Any]]],
+    constants: dict[str, np.ndarray],
+) -> GraphSpec:
+    """A graph written by hand: its file, and its entry in a manifest."""
+
+    def values(side: Tensors) -> list[Any]:
+        make = helper.make_tensor_value_info
+        return [make(key, TensorProto.FLOAT, list(axes)) for key, axes in side.items()]
+
+    model: ModelProto = helper.make_model(
+        helper.make_graph(
+            [helper.make_node(kind, i, o, **more) for kind, i, o, more in nodes],
+            name,
+            values(inputs),
+            values(outputs),
+            [numpy_helper.from_array(value, key) for key, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    data = model.SerializeToString()
+    (folder / f"{name}.onnx").write_bytes(data)
+    taken, given = (
+        tuple(TensorSpec(key, "float32", axes) for key, axes in side.items())
+        for side in (inputs, outputs)
+    )
+    names = {axis for spec in taken for axis in spec.names}
+    ranges = {"batch": Range(1, 64), "conditions": Range(1, 16), "steps": Range(1, 2000)}
+    ranges |= {"height": SIDES, "width": SIDES}
+    own = {axis: legal for axis, legal in ranges.items() if axis in names}
+    return GraphSpec(f"{name}.onnx", sha256(data), "fp32", lifetime, taken, given, own)
+
+
+def write_bundle(folder: Path) -> Path:
+    """The invented family's four graphs and their manifest."""
+    third = np.array([3, 3], np.int64)
+    graphs = {
+        "geometry": graph(
+            folder,
+            "geometry",
+            "size",
+            {"coordinates": ("height", "width", 4)},
+            {"place": THIRDS},
+            [
+                ("Mul", ["coordinates", "shares"], ["weighted"], {}),
+                ("ReduceSum", ["weighted", "last"], ["plane"], {"keepdims": 0}),
+                ("Slice", ["plane", "starts", "ends", "axes", "steps_of"], ["place"], {}),
+            ],
+            {
+                "shares": np.array([0.01, 0.01, 0, 0], np.float32),
+                "last": np.array([2], np.int64),
+                "starts": np.array([1, 1], np.int64),
+                "ends": np.array([9999, 9999], np.int64),
+                "axes": np.array([0, 1], np.int64),
+                "steps_of": third,
+            },
+        ),
+        "clock": graph(
+            folder,
+            "clock",
+            "schedule",
+            {"log_snr": ("steps",)},
+            {"gain": ("steps",)},
+            [("Neg", ["log_snr"], ["noisier"], {}), ("Sigmoid", ["noisier"], ["gain"], {})],
+            {},
+        ),
+        "palette": graph(
+            folder,
+            "palette",
+            "prompt",
+            {"condition": ("conditions", 3)},
+            {"hue": ("conditions", 3)},
+            [("MatMul", ["condition", "colours"], ["hue"], {})],
+            {"colours": COLOURS / 10},
+        ),
+        "brush": graph(
+            folder,
+            "brush",
+            "step",
+            {"latent": LATENT, "gain": (), "hue": ("conditions", "batch", 3), "place": THIRDS},
+            {"eps": ("conditions", *LATENT)},
+            [
+                ("Mul", ["latent", "gain"], ["calmed"], {}),
+                ("Unsqueeze", ["hue", "behind"], ["tint"], {}),
+                ("Add", ["calmed", "tint"], ["tinted"], {}),
+                ("Unsqueeze", ["place", "before"], ["cells"], {}),
+                ("Resize", ["cells", "", "scales"], ["wide"], {"mode": "nearest"}),
+                ("Add", ["tinted", "wide"], ["eps"], {}),
+            ],
+            {
+                "behind": np.array([3, 4], np.int64),
+                "before": np.array([0, 1], np.int64),
+                "scales": np.array([1, 1, 3, 3], np.float32),
+            },
+        ),
+    }
+    interface = Interface(
+        name="invented",
+        color_channels=3,
+        latent_channels=3,
+        labels=LABELS,
+        default_latent=(12, 9),
+        pixels_per_latent=1,
+        latent_sides=SIDES,
+        image_sides=SIDES,
+        decoupled=False,
+        trained=Trained(6, 24, 2.0),
+    )
+    source = Source("a" * 64, {"command": "by hand"})
+    Manifest(interface, CosineData(), source, {"onnx": "1"}, None, graphs).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def invented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("invented"))
+
+
+@pytest.fixture(scope="module")
+def bundle(invented: Path) -> Bundle:
+    return open_bundle(invented, EngineOptions(threads=1))
+
+
+def closed_form(latent: np.ndarray, alpha_bar: float, conditions: np.ndarray) -> np.ndarray:
+    """eps as the module's docstring has it: `[K, B, 3, H, W]`."""
+    height, width = latent.shape[2:]
+    place = (grid(height, width)[1::3, 1::3, :2] * 0.01).sum(2).repeat(3, 0).repeat(3, 1)
+    hue = (conditions @ (COLOURS / 10))[..., None, None]
+    return (1 - alpha_bar) * latent + hue + place
+
+
+def test_one_evaluation_is_the_closed_form(bundle: Bundle) -> None:
+    rng = np.random.default_rng(1)
+    for size in ((12, 9), (3, 48), (6, 6)):
+        latent = rng.standard_normal((2, 3, *size)).astype(np.float32)
+        conditions = rng.random((3, 2, 3)).astype(np.float32)
+        eps = bundle.denoise(latent, 0.3, conditions)
+        np.testing.assert_allclose(eps, closed_form(latent, 0.3, conditions), atol=1e-6)
+    with pytest.raises(UsageError, match=r"expected \[B, 3, H, W\], \[K, B, 3\]"):
+        bundle.denoise(latent, 0.3, conditions[..., :2])
+    with pytest.raises(UsageError, match="nearest legal size is 6x9"):
+        bundle.denoise(np.zeros((2, 3, 5, 8), np.float32), 0.3, conditions)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++3m"])
+def test_whole_runs_are_those_of_the_closed_form(bundle: Bundle, solver: str) -> None:
+    made = bundle.generate([2, None], (6, 9), steps=7, solver=solver, guidance_scale=3, seed=4)
+    assert made.images.shape == (2, 3, 6, 9) and np.abs(made.images).max() <= 1
+    np.testing.assert_array_equal(made.images, np.clip(made.latents, -1, 1))
+    conditions = np.zeros((2, 2, 3), np.float32)
+    conditions[1, 0, 2] = 1
+    table = solvers.table(solver, COSINE, 7)
+    weights = [np.array([w, 1 - w]).reshape(2, 1, 1, 1) for w in (-2.0, 3.0)]
+    weights[0][1], weights[1][1] = 1, 0
+    predict = guided(lambda x, step: closed_form(x, table.alpha_bar[step], conditions), weights)
+    start = NoiseStreams(4, range(2), (3, 6, 9), "coherent").draw()
+    wanted = sample(predict, start, table)
+    np.testing.assert_allclose(made.latents, wanted, rtol=1e-4, atol=1e-4)
+    assert made._repr_png_()[:4] == b"\x89PNG"
+
+
+def test_progress_tells_and_stops(bundle: Bundle) -> None:
+    seen: list[Progress] = []
+
+    def on_step(progress: Progress) -> bool:
+        seen.append(progress)
+        return progress.step == 3
+
+    with pytest.raises(StoppedError, match="stopped after step 3 of 5"):
+        bundle.generate([0], steps=5, on_step=on_step)
+    assert [(p.step, p.steps) for p in seen] == [(1, 5), (2, 5), (3, 5)]
+    assert seen[2].x0.shape == (1, 3, 12, 9)
+    np.testing.assert_array_equal(seen[2].decode(), np.clip(seen[2].x0, -1, 1))
+    assert bundle.generate([0], steps=2).images.shape == (1, 3, 12, 9)
+
+
+def test_eight_threads_share_it(bundle: Bundle) -> None:
+    def draw(index: int) -> bytes:
+        return bundle.generate([index % 3], steps=3, first_index=index).images.tobytes()
+
+    serial = [draw(index) for index in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(draw, range(8))) == serial
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"latent": (13, 9)}, "multiples of 3; the nearest legal size is 12x9. Pass --latent 12x9"),
+        ({"latent": (300, 1)}, "the nearest legal size is 48x3"),
+        ({"image": (24, 18)}, "invented diffuses pixels and has no resampler; expected 12x9"),
+        ({"continue_at": (16, 12)}, "continue-at 16x12: .* the nearest legal size is 15x12"),
+        ({"labels": [3]}, r"label 3 is not in this bundle; expected 0 to 2 \(dawn, noon, dusk\)"),
+    ],
+)
+def test_illegal_requests_name_the_nearest(
+    invented: Path, options: dict[str, object], words: str
+) -> None:
+    fresh = open_bundle(invented)
+    with pytest.raises(UsageError, match=words):
+        fresh.generate(**{"labels": [1], "latent": (12, 9), **options})  # type: ignore[arg-type]
+    assert not fresh.engines.opened
+
+
+def test_every_command_works_on_it(invented: Path, command: Command, tmp_path: Path) -> None:
+    engine = ("--engine", invented, "--threads", 1)
+    done = command("runtime.generate", *engine, "--label", "0-2", "--latent", "24x12")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size == (12 * 3 + 4, 24)
+    before = (tmp_path / "out.png").read_bytes()
+    again = ("--from-png", "out.png", "--out", "again.png")
+    assert command("runtime.generate", *engine, *again).returncode == 0
+    assert (tmp_path / "again.png").read_bytes() == before
+    larger = ("--latent", "6x9", "--continue-at", "12x18", "--preview", "--crop", "2,3,5,7")
+    state = ("--state", "kept.npz", "--out", "a.png", "--label", "1", "--memory", "900MB")
+    done = command("runtime.generate", *engine, *larger, *state)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "a.png").size == (7, 5)
+    assert Image.open(tmp_path / "a-preview.png").size == (12, 9)
+    drawn = command("runtime.render", "kept.npz", "--size", "12x18", *engine, "--out", "b.png")
+    assert drawn.returncode == 0, drawn.stderr
+    cut = np.asarray(Image.open(tmp_path / "b.png"))[2:7, 3:10]
+    np.testing.assert_array_equal(cut, np.asarray(Image.open(tmp_path / "a.png")))
+    other = command("runtime.render", "kept.npz", "--size", "24x36", *engine)
+    assert other.returncode == 2 and "expected the size 12x18" in other.stderr
+    refused = command("runtime.resample", "b.png", "--size", "24x36", *engine)
+    assert refused.returncode == 2 and "has no resampler" in refused.stderr
+    wide = command("runtime.generate", *engine, "--latent", "3x48", "--label", "none")
+    assert wide.returncode == 0 and "outside of that and may look worse" in wide.stderr
+    illegal = command("runtime.generate", *engine, "--latent", "25x12")
+    assert illegal.returncode == 2 and "the nearest legal size is 24x12" in illegal.stderr
+
+
+def test_it_can_be_looked_at(invented: Path, command: Command) -> None:
+    done = command("runtime.inspect", invented)
+    assert done.returncode == 0, done.stderr
+    assert "invented: images of 3 colour channels, diffused as pixels" in done.stdout
+    assert "3 to 48, multiples of 3" in done.stdout and "dawn, noon, dusk" in done.stdout
+    found = json.loads(command("runtime.inspect", invented, "--json").stdout)
+    assert found["graphs"]["brush"]["lifetime"] == "step"
+    advice = command("runtime.doctor", invented).stdout
+    assert f"--engine {invented / 'brush.onnx'} --label 0-2" in advice
+
+
+def test_without_labels_and_prompts_it_is_unconditional(tmp_path: Path) -> None:
+    manifest = read_manifest(write_bundle(tmp_path))
+    step = graph(
+        tmp_path,
+        "alone",
+        "step",
+        {"latent": LATENT, "gain": ()},
+        {"eps": (1, *LATENT)},
+        [("Mul", ["latent", "gain"], ["same"], {}), ("Unsqueeze", ["same", "zero"], ["eps"], {})],
+        {"zero": np.array([0], np.int64)},
+    )
+    interface = replace(manifest.interface, labels=())
+    graphs = {"clock": manifest.graphs["clock"], "alone": step}
+    replace(manifest, interface=interface, graphs=graphs).write(tmp_path)
+    bundle = open_bundle(tmp_path)
+    assert bundle.generate([None, None], steps=3).images.shape == (2, 3, 12, 9)
+    with pytest.raises(UsageError, match="label 0 is given; this bundle has none"):
+        bundle.generate([0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gain": ["height"]}, r"brush.onnx takes gain \('height',\), but what is given has \(\)"),
+        ({"shine": []}, "takes shine .*, but nothing before it gives that"),
+        ({"latent": ["batch", 4, "height", "width"]}, r"takes latent \('batch', 4"),
+    ],
+)
+def test_wires_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, list[object]], words: str
+) -> None:
+    write_bundle(tmp_path)
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    inputs = content["graphs"]["brush"]["inputs"]
+    for name, axes in change.items():
+        found = [tensor for tensor in inputs if tensor["name"] == name]
+        if not found:
+            inputs.append({"name": name, "dtype": "float32", "axes": axes})
+        else:
+            found[0]["axes"] = axes
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArtefactError, match=words):
+        open_bundle(tmp_path)
