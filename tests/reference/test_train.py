@@ -115,7 +115,7 @@ def test_every_configuration_is_whole(name: str) -> None:
 
 
 def test_bad_configurations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"expected one of \['large', 'mnist'"):
+    with pytest.raises(UsageError, match=r"expected one of .*'large', 'mnist'"):
         read_config("none")
     path, tiny = tmp_path / "own.toml", (CONFIGS / "tiny.toml").read_text()
     for old, new, words in (
