@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from reference.families.hdit.attention import everywhere, neighbourhood, shifted_window
 from reference.families.hdit.config import HDiTConfig, Level
+from reference.families.parts.rotary import grid_angles, turn
 
 EPSILON = 1e-6
 ATTENTION_SCALE = 10.0  # initial scale of cosines
@@ -221,13 +222,6 @@ def unit(x: Tensor) -> Tensor:
     return x * (total + EPSILON).rsqrt().to(x.dtype)
 
 
-def positions(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Cell centres y `[h]`, x `[w]` of a grid of tokens, the longer side in [-1, 1]; float64."""
-    longer = max(height, width)
-    y, x = (torch.arange(n, dtype=torch.float64) * 2 + 1 - n for n in (height, width))
-    return y / longer, x / longer
-
-
 def rotation_frequencies(heads: int, head_dim: int) -> Tensor:
     """f[j, i] = π · 10^((i·n + j) / (n·P)) `[n, P]` float64, P = e/8.
 
@@ -240,15 +234,10 @@ def rotation_frequencies(heads: int, head_dim: int) -> Tensor:
 
 def rotation_angles(height: int, width: int, heads: int, head_dim: int) -> Tensor:
     """Angles `[h, w, n, 2P]` float32, P = e/8: y · f, then x · f."""
-    f = rotation_frequencies(heads, head_dim)
-    y, x = (p[:, None, None] * f for p in positions(height, width))  # [h or w, n, P]
-    size = (height, width, *f.shape)
-    return torch.cat([y[:, None].expand(size), x[None].expand(size)], -1).float()
+    return grid_angles(height, width, rotation_frequencies(heads, head_dim))
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the first half of each head's channels, e paired with e + 2P, in float32."""
-    cos, sin = rotation
+    """Turn the first half of each head's channels, e paired with e + 2P."""
     turned, kept = x.chunk(2, -1)
-    a, b = turned.float().chunk(2, -1)
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), kept], -1)
+    return torch.cat([turn(turned, *rotation), kept], -1)

@@ -28,6 +28,7 @@ from reference.families.hdit.layers import (
     zeroed,
 )
 from reference.families.parts.models import Denoiser, Models
+from reference.families.parts.text import with_null
 
 AUGMENTATIONS = 9  # numbers that say how an image was augmented
 
@@ -79,8 +80,7 @@ class HDiT(nn.Module):
         e = self.time_in_proj(self.time_emb(c_noise.unsqueeze(-1)))
         e = e + self.aug_in_proj(self.aug_emb(augmentation))
         if self.config.classes:
-            null = 1 - labels.sum(-1, keepdim=True)  # mixtures leave the rest to the null class
-            e = e + torch.cat([labels, null], -1) @ self.class_emb.weight
+            e = e + with_null(labels) @ self.class_emb.weight
         if self.config.mapping_cond_dim:
             given = (len(c_noise), self.config.mapping_cond_dim)
             e = e + self.mapping_cond_in_proj(c_noise.new_zeros(given) if extra is None else extra)

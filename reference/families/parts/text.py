@@ -1,5 +1,6 @@
-"""The label condition: a one-hot label as text tokens; the zero label is the null condition."""
+"""Labels as what networks take; the zero label is the null condition."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,3 +15,8 @@ class LabelCondition(nn.Module):
 
     def forward(self, label: Tensor) -> Tensor:
         return self.norm(self.project(label).unflatten(-1, (self.tokens, -1)))
+
+
+def with_null(labels: Tensor) -> Tensor:
+    """Labels `[B, N]` with a last column of what they leave to the null class, `[B, N + 1]`."""
+    return torch.cat([labels, 1 - labels.sum(-1, keepdim=True)], -1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.families.parts.rotary import grid_angles, turn
+
 EPSILON = 1e-6
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [N, e/2]
 
@@ -72,7 +74,7 @@ class TransformerBlock(nn.Module):
     def attend(self, x: Tensor, rotation: Rotation) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # [B, a, 3, N, e]
         q, k, v = qkv.unbind(2)
-        q, k = rotate(self.norm_q(q), rotation), rotate(self.norm_k(k), rotation)
+        q, k = turn(self.norm_q(q), *rotation), turn(self.norm_k(k), *rotation)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
@@ -82,21 +84,8 @@ def normed(x: Tensor) -> Tensor:
 
 
 def rotation_of(height: int, width: int, head_dim: int, device: torch.device) -> Rotation:
-    """Cosines and sines `[N, e/2]` of y · f, then x · f, for a grid of cell centres.
-
-    The longer side spans [-1, 1]; f_k = π·10^(k/(K - 1)), K = e/4. Float64, rounded once.
-    """
-    longer, count = max(height, width), head_dim // 4
+    """Cosines and sines `[N, e/2]` of y · f, then x · f; f_k = π·10^(k/(K - 1)), K = e/4."""
+    count = head_dim // 4
     f = math.pi * 10 ** (torch.arange(count, dtype=torch.float64) / (count - 1))
-    y, x = ((torch.arange(n, dtype=torch.float64) * 2 + 1 - n) / longer for n in (height, width))
-    size = (height, width, count)
-    rows, columns = (y[:, None] * f)[:, None].expand(size), (x[:, None] * f)[None].expand(size)
-    angles = torch.cat([rows, columns], -1).flatten(0, 1)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn channel i with i + e/2 of `[B, a, N, e]`, in float32."""
-    cos, sin = rotation
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    angles = grid_angles(height, width, f).flatten(0, 1)
+    return angles.cos().to(device), angles.sin().to(device)

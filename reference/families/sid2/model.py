@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reference.families.parts.models import Denoiser, Models
+from reference.families.parts.text import with_null
 from reference.families.sid2.config import SiD2Config, SiD2Model
 from reference.families.sid2.layers import EPSILON, ResBlock, TransformerBlock, rotation_of
 from reference.families.sid2.schedule import logsnr
@@ -72,8 +73,7 @@ class SiD2(nn.Module):
 
     def condition(self, logsnr: Tensor, labels: Tensor) -> Tensor:
         """λ `[B]`, labels `[B, classes]` (the zero label is null) -> `[B, cond]`."""
-        null = 1 - labels.sum(-1, keepdim=True)  # mixtures leave the rest to the null class
-        embedded = torch.cat([labels, null], -1) @ self.classes.weight
+        embedded = with_null(labels) @ self.classes.weight
         return F.silu(self.time(self.features(logsnr)) + embedded)
 
     def forward(self, z: Tensor, logsnr: Tensor, labels: Tensor) -> Tensor:

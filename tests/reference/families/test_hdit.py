@@ -16,9 +16,10 @@ from torch import Tensor
 from reference.checkpoint import load_tensors
 from reference.families.hdit import published
 from reference.families.hdit.attention import attend, neighbourhood
-from reference.families.hdit.layers import positions, rotation_angles
+from reference.families.hdit.layers import rotation_angles
 from reference.families.hdit.model import HDiT, HDiTModels, scalings
 from reference.families.hdit.training import density, losses
+from reference.families.parts.rotary import cell_centres
 from tests.reference.families.golden import Golden, options
 
 TOLERANCE = 2e-5
@@ -90,7 +91,7 @@ def check_case(golden: Golden, hdit: HDiT, key: str, x: Tensor) -> None:
         golden.close(found, f"{key}.{part}", TOLERANCE)
     for match, pos in golden.named(rf"{key}\.pos(\d)"):
         height, width = pos.shape[:2]
-        y, x_ = positions(height, width)
+        y, x_ = cell_centres(height, width)
         grid = torch.stack(torch.meshgrid(y, x_, indexing="ij"), -1).float()
         golden.close(grid, match[0], TOLERANCE)
         level = config.levels[int(match[1])]
