@@ -23,7 +23,7 @@ help: ## list the commands (what `make` alone does)
 
 .venv-runtime/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-runtime
-	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu,openvino]' 'pytest>=9' 'hypothesis>=6.140'
+	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu,openvino]' 'pytest>=9' 'hypothesis>=6.140' 'onnx>=1.22'
 	@touch $@
 
 build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(shell find export reference -name '*.py')

@@ -5,14 +5,14 @@ the error of the whole is within the budget. The choice is a JSON file beside th
 be edited and replayed. Each graph made is checked at every size that fp32 was.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
+from msgspec import Struct
 from onnx import ModelProto
 from tqdm import tqdm
 
@@ -66,8 +66,7 @@ def rms_error(found: Arrays, wanted: Arrays) -> float:
     return float(np.sqrt(max(ratios)))
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True, rename={"alone": "error_alone"}):
     """Of one graph: layers in 8 bits and left in fp32, the tokens' percentile, the errors.
 
     `alone` is the error of the graph when that layer alone is quantised, `error` that of the whole.
@@ -122,35 +121,18 @@ def choose(
     return Choice(taken, left, alone, float(f"{error:.2e}"), budget, percentile)
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(Struct, frozen=True):
     """What a choice file holds: one precision's layers of every graph."""
 
     bundle: str
     precision: str
     graphs: dict[str, Choice]
+    format: int = CHOICE_FORMAT
 
     def write(self, path: Path) -> None:
         """Write the file, one layer a line so that it can be edited."""
-        graphs = {
-            name: {
-                "budget": choice.budget,
-                "percentile": choice.percentile,
-                "error": choice.error,
-                "fp32": [*choice.fp32],
-                "quantized": [*choice.quantized],
-                "error_alone": choice.alone,
-            }
-            for name, choice in self.graphs.items()
-        }
-        content = {
-            "format": CHOICE_FORMAT,
-            "bundle": self.bundle,
-            "precision": self.precision,
-            "graphs": graphs,
-        }
         with atomic_write(path) as file:
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
+            file.write(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
 
 def choice_file(precision: str) -> str:
@@ -163,27 +145,14 @@ def read_choices(path: Path, manifest: Manifest) -> Choices:
     remedy = "Make it again with: make calibrate"
     data = read_bytes(path, "a choice of layers", remedy)
     try:
-        content = json.loads(data)
-        if content["format"] != CHOICE_FORMAT or content["precision"] not in FORMS:
-            raise ValueError(f"format {content['format']}, precision {content['precision']}")
-        choices = Choices(
-            str(content["bundle"]),
-            str(content["precision"]),
-            {
-                name: Choice(
-                    tuple(map(str, own["quantized"])),
-                    tuple(map(str, own["fp32"])),
-                    {str(k): float(v) for k, v in own["error_alone"].items()},
-                    float(own["error"]),
-                    float(own["budget"]),
-                    float(own["percentile"]),
-                )
-                for name, own in content["graphs"].items()
-            },
+        choices = msgspec.json.decode(data, type=Choices)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path}: no choice of layers ({error}). {remedy}") from None
+    if choices.format != CHOICE_FORMAT or choices.precision not in FORMS:
+        raise ArtefactError(
+            f"{path}: format {choices.format}, precision {choices.precision!r}; expected "
+            f"{CHOICE_FORMAT} and one of {', '.join(FORMS)}. {remedy}"
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ArtefactError(f"{path}: no choice of layers ({reason}). {remedy}") from None
     if choices.bundle != fingerprint(manifest):
         raise ArtefactError(f"{path}: a choice for another bundle than {manifest.folder}. {remedy}")
     if choices.graphs.keys() != set(heavy(manifest)):
@@ -247,7 +216,7 @@ def quantize_graph(
     if given:
         choice, ranges = given[1].graphs[name], found[tried[0]]
         error = probe.error(quantized(model, taken, form, ranges))
-        choice = replace(choice, error=float(f"{error:.2e}"))
+        choice = msgspec.structs.replace(choice, error=float(f"{error:.2e}"))
     else:
         choice = choose(model, own, form, found, probe, budget)
         taken, ranges = [own[layer] for layer in choice.quantized], found[choice.percentile]

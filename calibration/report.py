@@ -23,7 +23,8 @@ from calibration.choices import choice_file, read_choices, rms_error
 from calibration.digits import classifier, digits_read
 from calibration.half import HALVES, emulated
 from calibration.quantize import FORMS
-from calibration.samples import Recorder, heavy
+from calibration.recorder import Recorder
+from calibration.samples import heavy
 from calibration.speed import engines_here, speed
 from runtime import cli
 from runtime.bundle.files import Measures, atomic_write, sha256

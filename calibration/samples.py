@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from calibration.recorder import Recorder
 from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import Array, Manifest
 from runtime.coordinates import grid
-from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError, UsageError
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import EXACT_BELOW, Progress
-from runtime.pipeline.opened import Engines
 from runtime.pipeline.tiler import Roles
 from runtime.sampling import solvers
 from runtime.sampling.guidance import Label
@@ -156,35 +155,6 @@ class Samples:
         x = np.sqrt(alpha_bars[step]) * latent + np.sqrt(1 - alpha_bars[step]) * noise
         inputs = self.bundle.diffuser.inputs(one_hot, size, alpha_bars)
         return {"latent": x.astype(np.float32), **inputs.at(step)}
-
-
-class Recorder(Engines):
-    """Engines that keep what their graphs took and gave last: graph -> (inputs, outputs)."""
-
-    def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
-        super().__init__(manifest, options)
-        self.recorded: dict[str, tuple[Arrays, Arrays]] = {}
-
-    def open(self, graph: str, precision: str | None = None) -> Engine:
-        return self.recording(graph, super().open(graph, precision))
-
-    def recording(self, graph: str, engine: Engine) -> Engine:
-        """`engine`, its runs kept."""
-        return RecordingEngine(engine, graph, self.recorded)
-
-
-class RecordingEngine:
-    """An engine that puts the inputs and outputs of each run into `record`."""
-
-    def __init__(self, engine: Engine, graph: str, record: dict[str, tuple[Arrays, Arrays]]):
-        self.engine, self.graph, self.record = engine, graph, record
-        self.provider = engine.provider
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Arrays:
-        """As `Engine.run`."""
-        found = self.engine.run(inputs, outputs)
-        self.record[self.graph] = dict(inputs), found
-        return found
 
 
 def calibration_set(

@@ -50,7 +50,7 @@ def trajectory(pipeline: Any) -> list[np.ndarray]:
     request = Request([LABEL], LATENT, steps=STEPS, guidance_scale=3.0, seed=SEED, solver="ddim")
     diffuser = pipeline.diffuser
     table = request.table(diffuser.schedule)
-    predict = diffuser.predictor(request, LATENT)
+    predict = diffuser.predictor(diffuser.guidance(request, table), LATENT, table)
     seen: list[np.ndarray] = []
 
     def watch(x: np.ndarray, step: int) -> np.ndarray:

@@ -33,6 +33,7 @@ from runtime.sampling.solvers import Table
 # steps of DDIM.
 EXACT_BELOW = 1e-3
 COARSE = ("bf16", "int8", "int8w", "fp8")
+MOST_KEPT = 64 << 20  # bytes of one graph's inputs and outputs that are kept from run to run
 LARGEST_LOG_SNR = 80.0  # in place of infinity, where there is no noise
 
 
@@ -121,6 +122,8 @@ class Diffuser:
         self.step_graph = self.manifest.step_graph
         self.kept = self.manifest.of_lifetime(*KEPT)
         self.axes = wires(self.manifest)
+        # Replaced whole, so that threads need no lock.
+        self._last: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
 
     def exact_steps(self, table: Table) -> int:
         """How many of the first steps run in fp32, whatever the precision; see EXACT_BELOW."""
@@ -148,15 +151,15 @@ class Diffuser:
         self.step_engines(table)  # a damaged file shows before any work, not after it
         self.engines.open_all(self.kept)
         told = self.telling(request, on_step)
-        streams = self.noise(request, request.latent)
-        x = self.sample(streams.draw(), streams, request, told, (0, turn))
+        guidance, streams = self.guidance(request, table), self.noise(request, request.latent)
+        x = self.sample(streams.draw(), streams, table, guidance, told, (0, turn))
         if larger is None:
             return x
         self.engines.open_all(self.resampler.encoding(larger))
-        eps = self.predictor(request, request.latent)(x, turn)
+        eps = self.predictor(guidance, request.latent, table)(x, turn)
         streams = self.noise(request, larger)
         x = self.enlarge(x, eps, float(table.alpha_bar[turn]), streams.draw())
-        return self.sample(x, streams, request, told, (turn, len(table)))
+        return self.sample(x, streams, table, guidance, told, (turn, len(table)))
 
     def telling(self, request: Request, on_step: OnStep | None) -> StepCallback | None:
         """What a loop calls after a step: tells `on_step`, and raises StoppedError on its word."""
@@ -178,26 +181,26 @@ class Diffuser:
         self,
         x: Array,
         streams: NoiseStreams,
-        request: Request,
+        table: Table,
+        guidance: Guidance,
         on_step: StepCallback | None,
         part: tuple[int, int],
     ) -> NDArray[np.float32]:
-        """`x` `[B, C, H, W]` after steps of a request's table, on the device where it can stay.
+        """`x` `[B, C, H, W]` after steps of a table, on the device where it can stay.
 
         `part`: the first step and the one before which to stop.
         """
         size = (x.shape[2], x.shape[3])
-        table = request.table(self.schedule)
 
         def fresh(step: int) -> Array:
             return streams.draw(step + 1)
 
         engines = self.step_engines(table)
         if not all(isinstance(engine, SamplingEngine) for engine in engines):
-            predict = self.predictor(request, size)
+            predict = self.predictor(guidance, size, table)
             return np.asarray(sample(predict, x, table, fresh, on_step, *part), np.float32)
-        guidance, exact = self.guidance(request, table), self.exact_steps(table)
-        inputs = self.prepare(request, size)
+        exact = self.exact_steps(table)
+        inputs = self.inputs(guidance.conditions, size, table.alpha_bar)
         state = {LATENT: x} | {name: np.zeros_like(x) for name in (*HISTORY, "noise")}
         kinds = groupby(range(*part), lambda step: (step >= exact, guidance.branches(step)))
         for (later, branches), group in kinds:  # an engine and a number of conditions each
@@ -208,10 +211,9 @@ class Diffuser:
             state |= engine.sample({**state, **inputs.kept(branches)}, updates, on_step, steps[0])
         return state[LATENT]
 
-    def predictor(self, request: Request, latent: Size) -> Predictor:
-        """Guided eps of a request's steps with all that outlives one computed here."""
-        table = request.table(self.schedule)
-        guidance, inputs = self.guidance(request, table), self.prepare(request, latent)
+    def predictor(self, guidance: Guidance, latent: Size, table: Table) -> Predictor:
+        """Guided eps of a table's steps with all that outlives one computed here."""
+        inputs = self.inputs(guidance.conditions, latent, table.alpha_bar)
         exact, (first, engine) = self.exact_steps(table), self.step_engines(table)
 
         def predict(x: Array, step: int) -> Array:
@@ -263,7 +265,7 @@ class Diffuser:
             given = {
                 tensor.name: known[tensor.name] for tensor in self.manifest.graphs[name].inputs
             }
-            known |= self.engines.open(name).run(given)
+            known |= self.outliving(name, given)
         fixed: dict[str, Array] = {}
         varying: dict[str, Array] = {}
         branched, gathered = set(), set()
@@ -282,6 +284,16 @@ class Diffuser:
             else:
                 fixed[name] = value
         return StepInputs(fixed, frozenset(branched), varying, frozenset(gathered), place)
+
+    def outliving(self, graph: str, given: dict[str, Array]) -> dict[str, Array]:
+        """What a graph gives: run where an input is not as it was in the run before, else kept."""
+        last = self._last.get(graph)
+        if last is not None and all(np.array_equal(last[0][k], v) for k, v in given.items()):
+            return last[1]
+        made = self.engines.open(graph).run(given)
+        if sum(array.nbytes for array in (*given.values(), *made.values())) <= MOST_KEPT:
+            self._last[graph] = given, made
+        return made
 
     def update(
         self,

@@ -224,7 +224,7 @@ def test_a_bad_choice_changes_nothing(own_quantized: Path, command: Command) -> 
         (re.sub(r"blocks\.0\.ffn\.up", "blocks.9.ffn.up", whole), "has no layer blocks.9.ffn.up"),
         (re.sub(r'"bundle": "\w+"', '"bundle": "0"', whole), "for another bundle"),
         (whole.replace('"r2id"', '"unet"'), "names the graphs"),
-        (re.sub(r'"format": \d', '"format": 9', whole), "no choice of layers"),
+        (re.sub(r'"format": \d', '"format": 9', whole), "format 9, precision"),
         ("{", "no choice of layers"),
         (json.dumps(emptied(content)), "names no layer of r2id"),
     ):
