@@ -11,7 +11,6 @@ from reference.families.hdit.augmentation import augmented
 from reference.families.hdit.config import HDiTModel
 from reference.families.hdit.model import AUGMENTATIONS, HDiT, HDiTModels, scalings
 from reference.families.parts.config import read
-from reference.families.parts.models import Models
 from reference.families.parts.training import (
     Group,
     Stage,
@@ -59,9 +58,9 @@ class HDiTTask(Task):
     labels; `average_power` rules how fast the average of weights forgets.
     """
 
-    def __init__(self, config: dict[str, Any], models: Models, images: Images):
+    def __init__(self, config: dict[str, Any], models: HDiTModels, images: Images):
         self.config, self.settings = config, models.config
-        self.model: HDiT = models.hdit  # type: ignore[assignment]
+        self.model = models.hdit
         self.pad, self.parts = images.pad, images.parts
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:

@@ -1,6 +1,5 @@
 """How SIID and S2ID learn: eps under the null and the true label, at one image size."""
 
-import re
 from typing import Any, ClassVar
 
 import torch
@@ -8,9 +7,9 @@ from torch import Tensor, nn
 
 from reference.data import Images
 from reference.families.parts.axial import AxialDenoiser, Dropouts, coordinates
-from reference.families.parts.models import Models
 from reference.families.parts.text import LabelCondition
 from reference.families.parts.training import (
+    IN_BLOCK,
     Step,
     Task,
     branches,
@@ -21,7 +20,6 @@ from reference.families.parts.training import (
 )
 from runtime.sampling.schedule import COSINE
 
-IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
 KEYS = frozenset(
     {"betas", "attention_dropout", "ffn_dropout", "jitter", "loss_weight"}
     | {"condition_dropout", "train_condition"}
@@ -45,11 +43,10 @@ class AxialTask(Task):
 
     family: ClassVar[str]
 
-    def __init__(self, config: dict[str, Any], models: Models, images: Images):
+    def __init__(self, config: dict[str, Any], models: Any, images: Images):
         denoiser: AxialDenoiser = getattr(models, self.family)
-        condition: LabelCondition = getattr(models, "condition")  # noqa: B009
-        condition.requires_grad_(config["train_condition"])
-        self.config, self.model = config, Trained(denoiser, condition)
+        models.condition.requires_grad_(config["train_condition"])
+        self.config, self.model = config, Trained(denoiser, models.condition)
         self.size, self.fold = models.config.default_size, denoiser.fold
         self.labels, self.pad, self.parts = models.config.labels, images.pad, images.parts
 

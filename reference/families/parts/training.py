@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.data import Images, fit, paint
-from reference.families.parts.models import Models
 from runtime.sampling.schedule import COSINE
 
 WEIGHTS = ("uniform", "min-snr", "sigmoid")
+# Matrices that Muon updates in R2, SIID and S2ID.
+IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
 LEAST_ALPHA_BAR = 4.54e-5  # sigmoid(-10), where the sigmoid weight's schedule ends
 
 
@@ -62,7 +64,7 @@ class Task:
     model: nn.Module
     token_inputs: ClassVar[tuple[int, ...]] = ()  # inputs whose axis 1 changes between batches
 
-    def __init__(self, config: dict[str, Any], models: Models, images: Images):
+    def __init__(self, config: dict[str, Any], models: Any, images: Images):
         raise NotImplementedError
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from reference.data import Images
 from reference.families.parts.config import read
 from reference.families.parts.text import LabelCondition
 from reference.families.parts.training import (
+    IN_BLOCK,
     Stage,
     Step,
     Task,
@@ -32,7 +32,6 @@ from runtime.sampling.schedule import COSINE
 
 DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
 KEYS = frozenset({"attention_dropout", "ffn_dropout", "jitter", "latent", "aspect", "square"})
-IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
 
 
 def draw_size(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from reference.data import Images
 from reference.families.parts.config import read
-from reference.families.parts.models import Models
 from reference.families.parts.training import Stage, Step, Task, branches, take_over, times, widened
 from reference.families.sid2.config import SiD2Model
 from reference.families.sid2.model import SiD2, SiD2Models
@@ -37,9 +36,9 @@ class SiD2Task(Task):
     `condition_dropout` hides that share of the labels.
     """
 
-    def __init__(self, config: dict[str, Any], models: Models, images: Images):
+    def __init__(self, config: dict[str, Any], models: SiD2Models, images: Images):
         self.config, self.settings = config, models.config
-        self.model: SiD2 = models.sid2  # type: ignore[assignment]
+        self.model = models.sid2
         self.schedule = Schedule(models.config.schedule, *models.config.default_size)
         self.pad, self.parts = images.pad, images.parts
 
