@@ -15,6 +15,7 @@ from runtime.errors import ArtefactError, UsageError
 
 TYPE = "image_transformer_v2"
 HEAD_DIM, KERNEL = 64, 7  # what k-diffusion takes where a configuration names no attention
+EXTRA = "mapping_cond_in_proj.weight"
 FREQUENCIES = ".pos_emb.freqs"
 ROUNDING = 2e-3  # of frequencies that were stored in half precision
 
@@ -88,21 +89,25 @@ def sections(
             "mapping_width": mapping_width,
             "mapping_depth": shapes.blocks(r"mapping\.blocks"),
             "mapping_d_ff": mapping_d_ff(shapes, 3 * mapping_width),
-            "mapping_cond_dim": model.get("mapping_cond_dim", 0),
+            "mapping_cond_dim": shapes.at(EXTRA, 1) if EXTRA in shapes.state else 0,
             "mapping_dropout": float(model.get("mapping_dropout_rate", 0.0)),
             "sigma_data": float(model.get("sigma_data", 1.0)),
         }
         sizes = {key: float(model[key]) for key in ("sigma_min", "sigma_max")}
-        told = {"widths": [level["width"] for level in levels], "num_classes": found}
-        given = {"widths": model.get("widths", told["widths"]), "num_classes": classes or 0}
+        told = {
+            "widths": [level["width"] for level in levels],
+            "depths": [level["depth"] for level in levels],
+            "input_channels": config["channels"],
+            "num_classes": found,
+        }
+        given = {key: model.get(key, value) for key, value in told.items()}
+        given["num_classes"] = found if classes is None else classes
         size = model["input_size"]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ArtefactError(
             f"{file.path}: its configuration has no usable {error}; expected k-diffusion's, with "
             "patch_size, sigma_min, sigma_max, input_size and one self_attns per level"
         ) from None
-    if classes is None:
-        given["num_classes"] = found
     if told != given:
         raise ArtefactError(
             f"{file.path}: tensors of {told} with a configuration of {given}; expected one model's"

@@ -134,6 +134,10 @@ def damaged(state: dict[str, Tensor], settings: dict[str, Any], kind: str) -> st
     if kind == "widths":
         model["widths"] = [32, 48, 96]
         return "expected one model's"
+    if kind == "channels":
+        model["patch_size"] = [1, 4]
+        model["input_channels"] = 4
+        return "'input_channels': 3"
     if kind == "classes":
         settings["dataset"]["num_classes"] = 7
         return "num_classes"
@@ -156,7 +160,7 @@ def damaged(state: dict[str, Tensor], settings: dict[str, Any], kind: str) -> st
 @pytest.mark.parametrize(
     "kind",
     [
-        *("type", "variance", "widths", "classes", "attention"),
+        *("type", "variance", "widths", "channels", "classes", "attention"),
         *("patch", "scale", "frequencies", "missing"),
     ],
 )
