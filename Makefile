@@ -6,27 +6,43 @@ CHECKPOINT ?= reference/weights/mnist.safetensors
 TARGETS ?= sm120,sm89,sm86,sm80
 BIN := .venv/bin
 TORCH := torch==2.13.0
+# What each lock is made of; tests/test_locks.py reads these lines.
+EXTRAS_draw := export
+EXTRAS_full := cpu,openvino,export,tensorrt-rtx,train,bench,test,lint
+EXTRAS_runtime := cpu,openvino,test
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench test lint clean
+.PHONY: help generate export plans calibrate train evaluate bench test lint lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-.venv/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[cpu,openvino,export,tensorrt-rtx,train,bench,test]'
-	@touch $@
+# $(call install,ENVIRONMENT,LOCK,REQUIREMENTS): everything in its exact version, pip and what builds
+# packages too. Sources are compiled when they are first imported: half a minute less before the
+# first picture. The stamp lists what was installed.
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade --constraint $(2) pip setuptools wheel
+	$(1)/bin/python -m pip install --no-compile --constraint $(2) --build-constraint $(2) $(3)
+	@$(1)/bin/python -m pip freeze --all --exclude-editable > $(1)/.freeze
+	@mv $(1)/.freeze $@
+endef
 
-.venv-runtime/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv-runtime
-	.venv-runtime/bin/python -m pip install --quiet -e '.[cpu,openvino]' 'pytest>=9' 'hypothesis>=6.140' 'onnx>=1.22'
-	@touch $@
+# One environment in two stages: what exports and draws, and on top of it what checks and measures.
+.venv/.draw: pyproject.toml locks/draw.txt
+	@echo "== .venv: PyTorch, ONNX and ONNX Runtime, 1 GB (more where pip finds PyTorch for CUDA)"
+	$(call install,.venv,locks/draw.txt,$(TORCH) -e '.[$(EXTRAS_draw)]')
 
-build/mnist/manifest.json: .venv/.ready $(CHECKPOINT) $(shell find export reference -name '*.py')
+.venv/.full: .venv/.draw locks/full.txt
+	@echo "== .venv: TensorRT for RTX, OpenVINO, tests and linters on top, 0.7 GB"
+	$(call install,.venv,locks/full.txt,$(TORCH) -e '.[$(EXTRAS_full)]')
+
+.venv-runtime/.runtime: pyproject.toml locks/runtime.txt
+	@echo "== .venv-runtime: ONNX Runtime, OpenVINO and tests, no PyTorch, 0.4 GB"
+	$(call install,.venv-runtime,locks/runtime.txt,-e '.[$(EXTRAS_runtime)]')
+
+build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
 # A stamp, since the command adds to a manifest that the plans add to as well.
@@ -38,42 +54,56 @@ build/mnist/.half: build/mnist/r2id.onnx $(wildcard calibration/*.py)
 build/mnist/r2id.onnx: build/mnist/manifest.json
 	@:
 
-build/tiny/manifest.json: .venv/.ready tests/tiny.py $(shell find export reference -name '*.py')
+build/tiny/manifest.json: .venv/.draw tests/tiny.py $(shell find export reference -name '*.py')
 	$(BIN)/python -m tests.tiny build/tiny
 
 generate: build/mnist/manifest.json ## first picture: environment, export, a sheet of digits
+	@echo "== digits.png: 80 digits of 50 steps"
 	$(BIN)/python -m runtime.generate --engine build/mnist/r2id.onnx --label 0-9 --count 8 \
 		--image 64x64 --out digits.png
 
 export: plans ## the shipped checkpoint as ONNX graphs in fp32, fp16 and bf16, and as plans, in build/mnist
 
-plans: build/mnist/.half ## TensorRT plans beside the graphs, for TARGETS
+plans: .venv/.full build/mnist/.half ## TensorRT plans beside the graphs, for TARGETS
 	$(BIN)/python -m export.to_plan build/mnist --target $(TARGETS)
 
-calibrate: build/mnist/.half ## 8-bit graphs in build/mnist, and what each precision costs and gains
+calibrate: .venv/.full build/mnist/.half ## 8-bit graphs in build/mnist, and what each precision costs and gains
 	$(BIN)/python -m calibration build/mnist \
 		$(if $(wildcard $(DATA)/train-images*),--data $(DATA))
 	$(BIN)/python -m calibration.report build/mnist \
 		$(addprefix --classifier ,$(wildcard build/evaluation/classifier.safetensors))
 
-train: .venv/.ready ## a checkpoint of CONFIG from DATA, continued where it was stopped
+train: .venv/.full ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
 
-evaluate: build/mnist/manifest.json ## what a checkpoint is worth: errors, digits read right, pictures
-	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist
+evaluate: .venv/.full build/mnist/manifest.json ## what a checkpoint is worth: errors, digits read right, pictures
+	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist \
+		--provider openvino
 
-bench: .venv/.ready ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
+bench: .venv/.full ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
 	$(BIN)/python -m benchmarks.compare
 
-lint: .venv/.ready ## style and types alone: what reviewers need not look at
+lint: .venv/.full ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-test: lint build/tiny/manifest.json build/mnist/manifest.json .venv-runtime/.ready ## everything that must hold, torch-free too
+test: lint build/tiny/manifest.json build/mnist/manifest.json .venv-runtime/.runtime ## everything that must hold, torch-free too
 	.venv-runtime/bin/python -c 'import importlib.util as u; assert not u.find_spec("torch")'
 	.venv-runtime/bin/python -m pytest tests/runtime
 	$(BIN)/python -m pytest
+
+# In a copy: environments without locks, their locks, then every test in what the locks install.
+lock: ## the newest versions of all packages into locks/, if every test passes with them
+	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
+	git ls-files -z | tar -cf - --null -T - | tar -xf - -C "$$copy" && cd "$$copy" && \
+	for lock in locks/*.txt; do : > $$lock || exit; done && \
+	$(MAKE) .venv/.full .venv-runtime/.runtime && \
+	for stamp in .venv/.draw .venv/.full .venv-runtime/.runtime; do \
+		{ echo "# What make installs, from $$($(PYTHON) -V); made by make lock."; \
+		sed 's/+.*//' $$stamp; } > locks/$${stamp##*.}.txt || exit; \
+	done && \
+	$(MAKE) test && cp locks/*.txt $(CURDIR)/locks/
 
 clean: ## remove what make has made, training runs aside
 	rm -rf build .venv .venv-runtime *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -62,9 +62,9 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 def export_published(folder: Path) -> None:
     """The graphs of the published width, with random weights, as a bundle."""
-    from export.__main__ import spec_of
     from export.chunk import chunk_ffn
     from export.families.r2 import bundle as r2
+    from export.graph_files import spec_of
     from export.to_onnx import onnx_from_source
 
     models = published()

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -10,17 +11,15 @@ import torch
 from msgspec.structs import replace
 from tqdm import tqdm
 
-from export.chunk import chunk_ffn
 from export.families import family_of
-from export.to_onnx import OPSET, GraphSource, onnx_from_source
-from export.verify import parity, trajectory_parity
+from export.graph_files import make_graph
+from export.processes import in_processes
+from export.to_onnx import OPSET
+from export.verify import trajectory_parity
 from reference import checkpoint
 from runtime import cli
-from runtime.bundle.files import sha256, staging
-from runtime.bundle.interface import Interface, Range
-from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest, Source
-
-LARGEST = {"batch": 4096, "conditions": 64, "steps": 10_001}
+from runtime.bundle.files import staging
+from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, Source
 
 
 def export(args: argparse.Namespace) -> None:
@@ -40,17 +39,18 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     models = loaded.models
     family = family_of(models)
     interface = family.interface(models, tuple(loaded.provenance.get("labels") or ()))
-    bar = tqdm(family.sources(models), desc="export", unit="graph")
-    specs, for_cpu = {}, {}
-    for source in bar:
+    graphs = family.sources(models)
+    # The largest graph takes longest: begun last, it would be waited for alone.
+    ordered = sorted(graphs, key=lambda source: -len(list(source.module.modules())))
+    made = {}
+    bar = tqdm(total=len(ordered), desc="export", unit="graph")
+    work = partial(make_graph, folder=folder, interface=interface)
+    for source, specs in in_processes(work, ordered):
+        made[source.name] = specs
         bar.set_postfix_str(source.name)
-        model = onnx_from_source(source)
-        path = folder / f"{source.name}.onnx"
-        specs[source.name] = write_graph(source, model, path, interface)
-        chunked = chunk_ffn(model)
-        if chunked is not None:
-            path = path.with_suffix(".cpu.onnx")
-            for_cpu[source.name] = write_graph(source, chunked, path, interface)
+        bar.update()
+    bar.close()
+    by_name = {source.name: made[source.name] for source in graphs}
     manifest = Manifest(
         interface=interface,
         schedule=family.schedule(models),
@@ -63,44 +63,11 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
             "opset": str(OPSET),
         },
         trajectory=None,
-        graphs=specs,
-        for_cpu=for_cpu,
+        graphs={name: spec for name, (spec, _) in by_name.items()},
+        for_cpu={name: spec for name, (_, spec) in by_name.items() if spec is not None},
         folder=folder,
     )
     return replace(manifest, trajectory=trajectory_parity(family, models, manifest))
-
-
-def write_graph(
-    source: GraphSource, model: onnx.ModelProto, path: Path, interface: Interface
-) -> GraphSpec:
-    """A graph's file in a folder of ours, its spec and its parity on ONNX Runtime."""
-    data = model.SerializeToString(deterministic=True)
-    path.write_bytes(data)
-    spec = spec_of(source, data, path.name, interface)
-    return replace(spec, parity=parity(source, data, sides_of(source, interface)))
-
-
-def spec_of(source: GraphSource, data: bytes, file: str, interface: Interface) -> GraphSpec:
-    """A graph's entry in a manifest, but for its parity."""
-    sides = sides_of(source, interface)
-    ranges = {axis: Range(1, most) for axis, most in LARGEST.items()}
-    ranges |= {"height": sides, "width": sides}
-    return GraphSpec(
-        file=file,
-        sha256=sha256(data),
-        precision="fp32",
-        lifetime=source.lifetime,
-        inputs=source.inputs,
-        outputs=source.outputs,
-        ranges={axis: legal for axis, legal in ranges.items() if axis in source.axes},
-        floats_per_pixel=source.floats_per_pixel,
-    )
-
-
-def sides_of(source: GraphSource, interface: Interface) -> Range:
-    """The legal sides of a graph's height and width: those of the image, or of the latent."""
-    image = source.lifetime in ("image", "tile")
-    return interface.image_sides if image else interface.latent_sides
 
 
 def worst(manifest: Manifest) -> str:

@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 from reference.checkpoint import read_metadata
 from reference.data import Images, fit
+from reference.evaluation.colours import in_grey
 from runtime.bundle.files import atomic_write, sha256
 
 IMAGE_SIDE = 32  # of the digits that it reads
 STEPS = 1500
+AT_ONCE = 500  # images that are read at once
 SEED = 1234
 
 
@@ -37,26 +39,42 @@ class Classifier(nn.Module):
 
 def trained_classifier(train: Images, cache: Path) -> Classifier:
     """The classifier, from `cache` where this code and data have made it before."""
-    torch.manual_seed(SEED)
-    model = Classifier()
-    fingerprint = sha256(f"{model} {STEPS} {len(train)}".encode())
     if cache.exists():
         data = cache.read_bytes()
-        if read_metadata(data, cache).get("fingerprint") == fingerprint:
+        if read_metadata(data, cache).get("fingerprint") == fingerprint(train):
+            model = Classifier()
             model.load_state_dict(load(data))
             return model.eval()
+    model = fitted(train)
+    store(model, train, cache)
+    return model
+
+
+def fitted(train: Images, steps: int = STEPS) -> Classifier:
+    """A classifier trained for `steps` batches of 128 digits."""
+    torch.manual_seed(SEED)
+    model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=STEPS)
-    for _ in tqdm(range(STEPS), desc="classifier", unit="step"):
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="classifier", unit="step"):
         chosen = torch.randint(len(train), (128,))
         loss = F.cross_entropy(model(augmented(train.pixels[chosen])), train.labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-    with atomic_write(cache) as file:
-        file.write(save(model.state_dict(), {"fingerprint": fingerprint}))
     return model.eval()
+
+
+def fingerprint(train: Images) -> str:
+    """What weights say that this code made of as many images."""
+    return sha256(f"{Classifier()} {STEPS} {len(train)}".encode())
+
+
+def store(model: Classifier, train: Images, path: Path) -> None:
+    """Write the weights; raises ResourceError."""
+    with atomic_write(path) as file:
+        file.write(save(model.state_dict(), {"fingerprint": fingerprint(train)}))
 
 
 def augmented(pixels: Tensor) -> Tensor:
@@ -75,11 +93,22 @@ def middle(images: Tensor) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
+def features(classifier: Classifier, images: Tensor) -> Tensor:
+    """The hidden layer `[B, 128]` at the middle of each image `[B, 1 or 3, h, w]`."""
+    grey = in_grey(images) if images.shape[1] == 3 else images
+    square = F.interpolate(middle(grey), (IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")
+    return torch.cat([classifier.layers[:-1](part) for part in square.split(AT_ONCE)])
+
+
+def logits_of(classifier: Classifier, found: Tensor) -> Tensor:
+    """Logits `[B, 10]` of `features`."""
+    logits: Tensor = classifier.layers[-1](found)
+    return logits
+
+
 def read(classifier: Classifier, images: Tensor) -> Tensor:
     """The label that the classifier reads in the middle of each image."""
-    square = F.interpolate(middle(images), (IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")
-    found: Tensor = classifier(square).argmax(1)
-    return found
+    return logits_of(classifier, features(classifier, images)).argmax(1)
 
 
 def accuracy(classifier: Classifier, test: Images) -> float:

@@ -1,386 +1,274 @@
 """Measure and draw a checkpoint: python -m reference.evaluate --data DIR --out build/evaluation.
 
-Writes `report.json` and pictures: reconstruction error per latent size, eps loss over t, sheets
-over sizes and aspect ratios, latent channels, the share of generated digits that a small
-classifier reads as the label that was asked for, and how much alike the digits of one seed are at
-different sizes by either kind of noise. With --bundle the digits are drawn by the graphs exported
-from the checkpoint, in any of their precisions: what users run, and faster on a CPU; it also
-measures what it costs to change the latent's size on the way. Stopped and started again with the
-same options, it goes on after what the report holds.
+Writes `report.json`, sheets and charts. Per size, sizes that training did not see marked as such:
+the share of digits that a small classifier reads as the label that was asked for, and Fréchet
+distance, precision and recall in its features, real digits' figures beside them. Then errors of
+the models by themselves (reconstruction, eps over t, decodes of one latent at many scales, x0 on
+the way) and how much alike the digits of one seed are at different sizes.
+
+With --bundle the digits are drawn by the graphs exported from the checkpoint: what users run, and
+faster on a CPU; it also measures what it costs to change the latent's size on the way. Stopped and
+started again with the same options, it goes on after what the report holds. --quick measures
+less of everything, into `quick.json`; --only one part, into a file of its name.
 """
 
 import argparse
-import math
-import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
 
 from reference import checkpoint
-from reference.checkpoint import SHIPPED
-from reference.classifier import (
-    IMAGE_SIDE,
-    SEED,
-    Classifier,
-    accuracy,
-    middle,
-    read,
-    trained_classifier,
-)
-from reference.data import Images, fit, load_mnist
-from reference.families.r2.model import R2Models
-from reference.families.r2.training import canvas
+from reference.checkpoint import SHIPPED, Checkpoint
+from reference.classifier import Classifier, accuracy, trained_classifier
+from reference.data import Images, load_mnist, load_painted_mnist
+from reference.evaluation import curves
+from reference.evaluation.digits import Size
+from reference.evaluation.drawing import Drawing, GraphDrawing, Sampling, TorchDrawing
+from reference.evaluation.extent import FULL, QUICK, SQUARE, Extent
+from reference.evaluation.judging import Judge, balanced, judged, trained_on
+from reference.evaluation.likeness import CONTINUED, continued, same_picture
+from reference.evaluation.report import print_report
+from reference.evaluation.sheets import Sheets, save_chart
 from runtime import cli
-from runtime.bundle.files import Measures, atomic_write
+from runtime.bundle.files import Measures
 from runtime.bundle.interface import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
-from runtime.images.pixels import contact_sheet, save_png, to_uint8
-from runtime.pipeline.bundle import Bundle, open_bundle
-from runtime.sampling import solvers
-from runtime.sampling.choices import SOLVER, SOLVERS
-from runtime.sampling.guidance import guided
-from runtime.sampling.loop import sample
-from runtime.sampling.noise import COHERENT, KINDS, NoiseStreams
-from runtime.sampling.schedule import COSINE
-
-RECONSTRUCTION_SIZES = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16), (6, 9), (16, 9))
-GENERATION_SIZES = (
-    *((8, 8), (4, 4), (6, 6), (12, 12), (16, 16)),
-    *((9, 6), (6, 9), (16, 9), (9, 16)),
-)
-SCRAPE_SIZES = ((4, 4), (8, 8))
-# The first is what the digits of the others are compared with.
-NOISE_SIZES = ((8, 8), (6, 6), (12, 12), (16, 16), (9, 16))
-NOISE_DIGITS = 100  # at most: enough for a mean over pairs of pictures
-CONTINUED = ((8, 8), (16, 16))
-CONTINUED_FROM = (0, 0.25, 0.5, 0.75, 1)  # shares of the steps at the smaller latent
-SHEET_SIZES = ((4, 4), (8, 8), (16, 16), (9, 6), (6, 9), (16, 9), (9, 16), (24, 24))
-SCRAPE_POINTS = 20
-TOKENS_AT_ONCE = 4000
-
-Size = tuple[int, int]
+from runtime.pipeline.bundle import open_bundle
+from runtime.providers import PROVIDERS
+from runtime.sampling.choices import SOLVER, SOLVERS, WHOLE
+from runtime.sampling.noise import COHERENT, KINDS
 
 
-def batches(count: int, size: Size) -> list[slice]:
-    """Slices whose tokens at a latent size fit in a processor's cache."""
-    step = max(10, TOKENS_AT_ONCE // (size[0] * size[1]))
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+@dataclass(frozen=True)
+class Evaluation:
+    """A checkpoint that is measured part by part, into a report that keeps what it holds."""
+
+    loaded: Checkpoint
+    draw: Drawing
+    extent: Extent
+    train: Images
+    test: Images
+    classifier: Classifier
+    report: Measures
+    out: Path
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge.of(self.classifier, self.test)
+
+    @property
+    def itself(self) -> TorchDrawing:
+        """Drawing by the models themselves, whose estimates on the way can be seen."""
+        return TorchDrawing(self.loaded.models, self.draw.sampling, self.test.parts)
+
+    def reconstruction(self) -> None:
+        """What R2IR loses, per latent size."""
+        models, images = self.loaded.models, min(self.extent.images, len(self.test))
+        for size in self.extent.reconstructed:
+            error = partial(curves.reconstruction, models, self.test, size, images)
+            self.report.take("reconstruction_mse", size_name(size), error)
+
+    def eps(self) -> None:
+        """The denoiser's loss over t."""
+        images = min(self.extent.images, curves.SCRAPE_IMAGES)
+        for size in self.extent.scraped:
+            scrape = partial(curves.eps_over_t, self.loaded.models, self.test, size, images)
+            self.report.take("eps_mse_over_t", size_name(size), scrape)
+        labels = ("t (0 clean, 1 noise)", "eps MSE")
+        self._chart("eps-over-t", "eps_mse_over_t", labels, "y")
+
+    def generation(self) -> None:
+        """Digits of every size among real ones."""
+        self.report.take(
+            "classifier_accuracy", "test_images", partial(accuracy, self.classifier, self.test)
+        )
+        count = self.extent.digits
+        self.report.take("real_digits", "train", lambda: self.judge(*balanced(self.train, count)))
+        guided = self.draw.sampling.guidance_scale
+        rows: list[tuple[Size, float, Size | None]]
+        rows = [(size, 1.0, None) for size in self.extent.unguided if guided != 1]
+        rows += [(size, guided, None) for size in self.extent.sizes]
+        rows += [(SQUARE, guided, image) for image in self.extent.decoded]
+        for row in rows:
+            size, scale, image = row
+            name = size_name(size) + (f" as {size_name(image)}" if image else "")
+            self.report.take(
+                "generation", f"{name} at guidance {scale:g}", partial(self._row, *row)
+            )
+
+    def _row(self, latent: Size, scale: float, image: Size | None) -> dict[str, Any]:
+        seen = trained_on(latent, self.loaded.provenance) and image is None
+        found = judged(self.draw, self.judge, latent, self.extent.digits, scale, image)
+        return {"trained_on": seen, **found}
+
+    def scale(self) -> None:
+        """Large decodes against small ones."""
+        size, digits = self.extent.scaled
+
+        def measure() -> curves.Curve:
+            latents = self.draw(self.draw.labels(digits), size).latents
+            return curves.scale_consistency(self.draw.decode, latents, self.extent.factors)
+
+        self.report.take("scale_consistency", size_name(size), measure)
+        for kind, label in (("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
+            labels = (f"k: decodes at k · {curves.SCALED_SIDE} reduced by area", label)
+            keys = ("factor", kind)
+            self._chart(f"scale-{kind}", "scale_consistency", labels, "x", keys, first=1)
+
+    def early_stop(self) -> None:
+        """What can be read in x0 on the way."""
+        sizes, digits = self.extent.stopped
+        for size in sizes:
+            stop = partial(curves.early_stop, self.itself, self.classifier, size, digits)
+            self.report.take("early_stop", size_name(size), stop)
+        self._chart("early-stop", "early_stop", ("evaluations", "share read right in x0"))
+
+    def likeness(self) -> None:
+        """One seed at several sizes, by either kind of noise and with a change of size."""
+        sizes, digits = self.extent.alike, self.extent.alike_digits
+        for kind in KINDS:
+            alike = partial(same_picture, self.draw, self.classifier, kind, sizes, digits)
+            self.report.take("same_picture", kind, alike)
+        if isinstance(self.draw, GraphDrawing):
+            names = " then ".join(map(size_name, CONTINUED))
+            cost = partial(continued, self.draw, self.classifier, digits)
+            self.report.take("continued", names, cost)
+
+    def sheets(self) -> None:
+        """Pictures for the eye."""
+        sheets = Sheets(self.out, self.draw, self.test)
+        for size in self.extent.sheets:
+            self.report.take("sheets", size_name(size), partial(sheets.digits, size))
+        for image in self.extent.decoded:
+            name = f"{size_name(SQUARE)} as {size_name(image)}"
+            self.report.take("sheets", name, partial(sheets.digits, SQUARE, image))
+        self.report.take("sheets", "one seed", sheets.seeds)
+        self.report.take("sheets", "latent channels", sheets.channels)
+        again = partial(sheets.reconstructions, self.loaded.models)
+        self.report.take("sheets", "reconstructions", again)
+
+    def _chart(
+        self,
+        name: str,
+        kind: str,
+        labels: tuple[str, str],
+        log: str = "",
+        keys: tuple[str, ...] = (),
+        first: int = 0,
+    ) -> None:
+        """The curves of a kind, all their lists or `keys` alone, from their point `first` on."""
+        found = self.report.found[kind]
+        chosen = {size: {k: c[k][first:] for k in keys or c} for size, c in found.items()}
+        save_chart(self.out / f"{name}.png", chosen, labels, log)
 
 
-def reconstruction(models: R2Models, test: Images, size: Size, limit: int) -> float:
-    """MSE of images through latents of a size and back, at the latent's aspect ratio."""
-    shape = canvas(size, IMAGE_SIDE)
-    total = 0.0
-    for part in tqdm(
-        batches(limit, (8, 8)), desc=f"reconstruction {size_name(size)}", unit="batch"
-    ):
-        images = fit(test.pixels[part], *shape, test.pad)
-        found = models.r2ir.decode(models.r2ir.encode(images, size), shape)
-        total += F.mse_loss(found, images).item() * len(images)
-    return total / limit
+PARTS: dict[str, Callable[[Evaluation], None]] = {
+    "reconstruction": Evaluation.reconstruction,
+    "eps": Evaluation.eps,
+    "sheets": Evaluation.sheets,
+    "generation": Evaluation.generation,
+    "scale": Evaluation.scale,
+    "early-stop": Evaluation.early_stop,
+    "likeness": Evaluation.likeness,
+}
 
 
-def t_scrape(models: R2Models, test: Images, size: Size, limit: int) -> dict[str, list[float]]:
-    """eps MSE over t at latent `size`, under the null and under the true condition."""
-    generator = torch.Generator().manual_seed(SEED)
-    images = fit(test.pixels[:limit], *canvas(size, IMAGE_SIDE), test.pad)
-    latent = models.r2ir.encode(images, size)
-    one_hot = F.one_hot(test.labels[:limit], models.config.condition.labels).float()
-    text = models.condition(torch.stack([torch.zeros_like(one_hot), one_hot]))
-    times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
-    found: dict[str, list[float]] = {"t": times, "null": [], "label": []}
-    for t in tqdm(times, desc=f"t-scrape {size_name(size)}", unit="t"):
-        a = float(COSINE.alpha_bar(np.array(t)))
-        eps = torch.randn(latent.shape, generator=generator)
-        noisy = a**0.5 * latent + (1 - a) ** 0.5 * eps
-        null, label = models.r2id(noisy, torch.full((limit,), a), text)
-        found["null"].append(F.mse_loss(null, eps).item())
-        found["label"].append(F.mse_loss(label, eps).item())
-    return found
+def real_digits(args: argparse.Namespace, loaded: Checkpoint) -> tuple[Images, Images]:
+    """Training and test digits, painted where a checkpoint draws colours; UsageError for others."""
+    config = loaded.models.config
+    load = load_mnist if config.r2ir.color_channels == 1 else load_painted_mnist
+    train, test = load(args.data), load(args.data, "t10k")
+    if config.condition.labels != len(train.names):
+        raise UsageError(
+            f"{args.checkpoint}: draws {config.condition.labels} labels; expected the "
+            f"{len(train.names)} of MNIST's digits, which is what can be judged"
+        )
+    return train, test
 
 
-def generated(
-    models: R2Models,
-    labels: Tensor,
-    size: Size,
-    args: argparse.Namespace,
-    desc: str,
-    kind: str = COHERENT,
-) -> tuple[Tensor, Tensor]:
-    """One digit per label: images `[B, c, h, w]` of the latent's aspect, latents `[B, C, H, W]`."""
-    parts = batches(len(labels), size)
-    made = []
-    with tqdm(total=len(parts) * args.steps, desc=desc, unit="step") as bar:
-
-        def on_step(*progress: object) -> None:
-            bar.update()
-
-        for part in parts:
-            if args.graphs:
-                own = request(labels, part, args) | {"latent": size, "noise": kind}
-                drawn = args.graphs.generate(**own, image=canvas(size, IMAGE_SIDE), on_step=on_step)
-                made.append((torch.from_numpy(drawn.images), torch.from_numpy(drawn.latents)))
-            else:
-                made.append(draw_with_torch(models, labels, part, size, kind, args, on_step))
-    images, latents = zip(*made, strict=True)
-    return torch.cat(images), torch.cat(latents)
-
-
-def draw_with_torch(
-    models: R2Models,
-    labels: Tensor,
-    part: slice,
-    size: Size,
-    kind: str,
-    args: argparse.Namespace,
-    on_step: Callable[..., object],
-) -> tuple[Tensor, Tensor]:
-    """Images and latents of `labels[part]`, by the models themselves."""
-    own = F.one_hot(labels[part], models.config.condition.labels).float()
-    shape = (models.config.r2id.latent_channels, *size)
-    streams = NoiseStreams(SEED, range(part.start, part.stop), shape, kind)
-    table = solvers.table(args.solver, COSINE, args.steps)
-    labels = torch.stack([torch.zeros_like(own), own])
-    denoise = models.denoiser(labels, table.alpha_bar)
-    predict = guided(denoise, (1 - args.guidance, args.guidance))
-    latent = sample(predict, torch.from_numpy(streams.draw()), table, on_step=on_step)
-    return models.r2ir.decode(latent, canvas(size, IMAGE_SIDE)), latent
-
-
-def request(labels: Tensor, part: slice, args: argparse.Namespace) -> dict[str, Any]:
-    """What `Bundle.generate` draws `labels[part]` with, at any size."""
-    return {
-        "labels": labels[part].tolist(),
-        "solver": args.solver,
-        "steps": args.steps,
-        "guidance_scale": args.guidance,
-        "seed": SEED,
-        "first_index": part.start,
-    }
-
-
-def open_graphs(args: argparse.Namespace, checkpoint_sha256: str) -> Bundle | None:
-    """The bundle of --bundle; raises UsageError where it is of another checkpoint."""
+def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]) -> Drawing:
+    """By the bundle of --bundle or by the models; UsageError for a bundle of another checkpoint."""
+    sampling = Sampling(args.solver, args.steps, args.guidance, args.guidance_interval)
     if args.bundle is None:
-        return None
-    graphs = open_bundle(args.bundle, EngineOptions(precision=args.precision))
+        return TorchDrawing(loaded.models, sampling, parts)
+    graphs = open_bundle(args.bundle, EngineOptions(args.provider, precision=args.precision))
     source = graphs.manifest.checkpoint
     found = None if source is None else source.sha256
-    if found != checkpoint_sha256:
+    if found != loaded.sha256:
         raise UsageError(
-            f"{args.bundle}: made from checkpoint {found}; expected {checkpoint_sha256}. Make it "
+            f"{args.bundle}: made from checkpoint {found}; expected {loaded.sha256}. Make it "
             f"again with: python -m export --checkpoint {args.checkpoint} --out {args.bundle}"
         )
-    return graphs
+    return GraphDrawing(graphs, sampling, parts)
 
 
-def digits_read(models: R2Models, classifier: Classifier, size: Size, args: Any) -> float:
-    """Share of `args.digits` generated digits at a latent size that are read as their label."""
-    labels = torch.arange(args.digits) % 10
-    images, _ = generated(models, labels, size, args, f"digits {size_name(size)}")
-    share = (read(classifier, images) == labels).float().mean().item()
-    tqdm.write(f"  {size_name(size)}: {share:.1%} read right")
-    return share
-
-
-def judged(
-    classifier: Classifier, images: Tensor, labels: Tensor, others: Tensor
-) -> dict[str, float]:
-    """The share read as their label; PSNR and correlation of each with the other image's middle.
-
-    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1]. The correlation
-    is the mean over images, 0 for a blank one.
-    """
-    right = (read(classifier, images) == labels).float().mean().item()
-    a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
-    error = F.mse_loss(a, b).item()
-    alike = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
-    return {
-        "read_right": right,
-        "psnr": 10 * math.log10(4 / max(error, 1e-10)),
-        "correlation": alike.mean().item(),
-    }
-
-
-def same_picture(
-    models: R2Models, classifier: Classifier, kind: str, args: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    """What `judged` finds of digits of noise `kind` per size, against the first size's."""
-    labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
-    drawn = {
-        name: generated(models, labels, size, args, f"{kind} {name}", kind)[0]
-        for name, size in ((size_name(size), size) for size in NOISE_SIZES)
-    }
-    first = drawn[size_name(NOISE_SIZES[0])]
-    return {name: judged(classifier, images, labels, first) for name, images in drawn.items()}
-
-
-def continued(classifier: Classifier, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Digits whose first steps run at a smaller latent, by the step at which the larger goes on.
-
-    Beside what `judged` finds (against the larger latent alone) the seconds per digit. By the
-    graphs alone, which is where the change of size is made.
-    """
-    labels = torch.arange(min(args.digits, NOISE_DIGITS)) % 10
-    found: dict[str, dict[str, float]] = {}
-    stops = sorted({round(share * args.steps) for share in CONTINUED_FROM})
-    for stop in tqdm(stops, desc="continued", unit="size"):
-        started = time.perf_counter()
-        parts = batches(len(labels), CONTINUED[1])
-        images = torch.cat([continued_at(labels, part, stop, args) for part in parts])
-        seconds = (time.perf_counter() - started) / len(labels)
-        if not found:
-            whole = images
-        measures = judged(classifier, images, labels, whole)
-        found[str(stop)] = measures | {"seconds": seconds}
+def extent(args: argparse.Namespace) -> Extent:
+    """What the options ask for."""
+    found = QUICK if args.quick else FULL
+    if args.images is not None:
+        found = replace(found, images=args.images)
+    if args.digits is not None:
+        found = replace(found, digits=args.digits)
+    if args.sizes is not None:
+        found = replace(found, sizes=args.sizes, unguided=args.sizes, decoded=(), sheets=args.sizes)
     return found
 
 
-def continued_at(labels: Tensor, part: slice, stop: int, args: argparse.Namespace) -> Tensor:
-    """Images `[B, c, h, w]`: steps up to `stop` at `CONTINUED[0]`, the rest at `CONTINUED[1]`."""
-    small, large = CONTINUED
-    if 0 < stop < args.steps:
-        sizes: dict[str, Any] = {"latent": small, "continue_at": large, "continue_from": stop}
-    else:
-        sizes = {"latent": small if stop else large}
-    wanted = request(labels, part, args) | sizes
-    made = args.graphs.generate(**wanted, image=canvas(large, IMAGE_SIDE))
-    return torch.from_numpy(made.images)
-
-
-def draw_scrapes(scrapes: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """eps loss over t, a line per condition and size."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for size, scrape in scrapes.items():
-        for condition, style in (("null", "--"), ("label", "-")):
-            axes.plot(scrape["t"], scrape[condition], style, label=f"{size} {condition}")
-    axes.set(xlabel="t (0 clean, 1 noise)", ylabel="eps MSE", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    with atomic_write(path) as png:
-        figure.savefig(png, format="png", dpi=120)
-
-
-def draw_sheets(models: R2Models, test: Images, args: argparse.Namespace) -> None:
-    """Digits at each size, reconstructions under their originals, and latent channels."""
-    for size in SHEET_SIZES:
-        name = size_name(size)
-        images, latents = generated(models, torch.arange(10), size, args, f"sheet {name}")
-        sheet = contact_sheet(to_uint8(images.numpy()), 10)
-        save_png(args.out / f"digits-{name}.png", sheet, {"size": name})
-        if size == (8, 8):
-            channels = latents[:4].flatten(0, 1).unsqueeze(1)  # [4·C, 1, H, W]
-            large = F.interpolate(channels, scale_factor=4, mode="nearest").clamp(-1, 1)
-            tiles = contact_sheet(to_uint8(large.numpy()), latents.shape[1])
-            save_png(args.out / "latent-channels.png", tiles, {"size": name})
-    rows = [fit(test.pixels[:10], IMAGE_SIDE, IMAGE_SIDE, test.pad)]
-    rows += [
-        models.r2ir.decode(models.r2ir.encode(rows[0], size), (IMAGE_SIDE, IMAGE_SIDE))
-        for size in ((4, 4), (8, 8), (16, 16))
-    ]
-    sheet = contact_sheet(to_uint8(torch.cat(rows).numpy()), 10)
-    save_png(args.out / "reconstructions.png", sheet, {"rows": "original, 4x4, 8x8, 16x16"})
-
-
-@torch.inference_mode()
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure and draw everything, the report growing with each part."""
-    test = load_mnist(args.data, "t10k")
+    """Measure and draw what was asked for, the report growing with each part."""
+    loaded, own = checkpoint.load(args.checkpoint), extent(args)
+    train, test = real_digits(args, loaded)
+    draw = drawing(args, loaded, train.parts)
     args.out.mkdir(parents=True, exist_ok=True)
-    loaded = checkpoint.load(args.checkpoint)
-    args.steps = args.steps or SOLVERS[args.solver].steps
-    models, limit = loaded.models, min(args.images, len(test))
-    args.graphs = open_graphs(args, loaded.sha256)
+    classifier = trained_classifier(train, args.classifier or args.out / "classifier.safetensors")
+    graphs = f"graphs in {args.precision} on {args.provider}"
     settings = {
         "checkpoint": loaded.sha256,
-        "drawn_by": f"graphs in {args.precision}" if args.graphs else "PyTorch",
+        "drawn_by": graphs if args.bundle else "PyTorch",
         "solver": args.solver,
-        "steps": args.steps,
+        "steps": draw.sampling.count,
         "guidance_scale": args.guidance,
+        "guidance_interval": [*args.guidance_interval],
         "noise": COHERENT,
-        "digits_per_size": args.digits,
-        "test_images": limit,
+        "digits_per_size": own.digits,
+        "test_images": own.images,
     }
-    report = Measures(args.out / "report.json", settings)
-    for size in RECONSTRUCTION_SIZES:
-        error = partial(reconstruction, models, test, size, limit)
-        report.take("reconstruction_mse", size_name(size), error)
-    for size in SCRAPE_SIZES:
-        scrape = partial(t_scrape, models, test, size, min(limit, 500))
-        report.take("eps_mse_over_t", size_name(size), scrape)
-    draw_scrapes(report.found["eps_mse_over_t"], args.out / "eps-over-t.png")
-    draw_sheets(models, test, args)
-    with torch.inference_mode(False), torch.enable_grad():
-        train = load_mnist(args.data)
-        classifier = trained_classifier(train, args.out / "classifier.safetensors")
-    report.take("classifier_accuracy", "test_images", partial(accuracy, classifier, test))
-    for size in GENERATION_SIZES:
-        share = partial(digits_read, models, classifier, size, args)
-        report.take("digits_read_right", size_name(size), share)
-    for kind in KINDS:
-        report.take("same_picture", kind, partial(same_picture, models, classifier, kind, args))
-    if args.graphs:
-        names = " then ".join(map(size_name, CONTINUED))
-        report.take("continued", names, partial(continued, classifier, args))
+    name = args.only or ("quick" if args.quick else "report")
+    report = Measures(args.out / f"{name}.json", settings)
+    evaluation = Evaluation(loaded, draw, own, train, test, classifier, report, args.out)
+    with torch.inference_mode():
+        for part in [args.only] if args.only else PARTS:
+            PARTS[part](evaluation)
     print_report(report.found)
-    print(f"report and pictures: {args.out}")
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The report's tables."""
-    settings, accuracy = report["settings"], report["classifier_accuracy"]["test_images"]
-    print(f"\nR2IR reconstruction, {settings['test_images']} test images")
-    for size, error in report["reconstruction_mse"].items():
-        print(f"  {size:>6}  MSE {error:.4f}")
-    print(
-        f"digits read right, {settings['digits_per_size']} a size, {settings['steps']} steps of "
-        f"{settings['solver']}, "
-        f"guidance {settings['guidance_scale']:g}, by {settings['drawn_by']} "
-        f"(test images: {accuracy:.1%})"
-    )
-    for size, share in report["digits_read_right"].items():
-        print(f"  {size:>6}  {share:.1%}")
-    print(f"likeness to the digits of the same seeds at {size_name(NOISE_SIZES[0])}")
-    for kind, sizes in report["same_picture"].items():
-        for size, found in sizes.items():
-            print(f"  {size:>6}  {kind:11}  {likeness(found)}")
-    for sizes, stops in report.get("continued", {}).items():
-        print(f"steps at the first of {sizes}, and likeness to the second alone")
-        for stop, found in stops.items():
-            print(f"  {stop:>6}  {likeness(found)}, {found['seconds']:.3f} s a digit")
-
-
-def likeness(found: dict[str, float]) -> str:
-    return (
-        f"correlation {found['correlation']:.3f}, PSNR {found['psnr']:.1f} dB, "
-        f"{found['read_right']:.1%} read right"
-    )
+    print(f"\nreport and pictures: {args.out}")
 
 
 def main() -> None:
     """The command line."""
     p = cli.parser("reference.evaluate", __doc__)
-    p.add_argument("--checkpoint", type=Path, default=SHIPPED)
-    p.add_argument("--bundle", type=Path, help="draw the digits with this bundle's graphs")
-    p.add_argument("--precision", default="fp32", help="of the bundle's graphs (fp32)")
-    p.add_argument("--data", type=Path, required=True, help="folder of MNIST's IDX files")
-    p.add_argument("--out", type=Path, default=Path("build/evaluation"))
-    p.add_argument("--images", type=cli.number(10, 10_000, int), default=10_000)
-    p.add_argument("--digits", type=cli.number(10, 100_000, int), default=500, help="per size")
-    p.add_argument("--solver", choices=tuple(SOLVERS), default=SOLVER)
-    p.add_argument("--steps", type=cli.number(1, 10_000, int), help="evaluations (the solver's)")
-    p.add_argument("--guidance", type=cli.number(-100, 100), default=2.0)
+    add = p.add_argument
+    add("--checkpoint", type=Path, default=SHIPPED)
+    add("--data", type=Path, required=True, help="folder of MNIST's IDX files")
+    add("--out", type=Path, default=Path("build/evaluation"))
+    add("--quick", action="store_true", help="fewer sizes and digits: minutes")
+    add("--only", choices=PARTS, help="one part of it")
+    add("--sizes", type=cli.sizes, help="latents to draw, at guidance 1 too, instead of all")
+    add("--digits", type=cli.number(10, 100_000, int), help="per row (1000, --quick 100)")
+    add("--images", type=cli.number(10, 10_000, int), help="of the test set (10000, --quick 200)")
+    add("--solver", choices=tuple(SOLVERS), default=SOLVER, help=f"how steps are made ({SOLVER})")
+    add("--steps", type=cli.number(1, 10_000, int), help="evaluations (the solver's)")
+    add("--guidance", type=cli.number(-100, 100), default=2.0, help="scale (2)")
+    interval = "t within which it counts (0..1)"
+    add("--guidance-interval", type=cli.interval, default=WHOLE, metavar="LOW..HIGH", help=interval)
+    add("--bundle", type=Path, help="draw with this bundle's graphs")
+    add("--precision", default="fp32", choices=cli.PRECISIONS, help="of the graphs (fp32)")
+    add("--provider", choices=tuple(PROVIDERS), default="cpu", help="what runs them (cpu)")
+    add("--classifier", type=Path, help="its weights, made if need be (in --out)")
     cli.run(evaluate, p)
 
 

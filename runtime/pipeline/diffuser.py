@@ -39,7 +39,10 @@ LARGEST_LOG_SNR = 80.0  # in place of infinity, where there is no noise
 
 @dataclass(frozen=True)
 class Progress:
-    """What `on_step` gets: the number of steps done, of how many, and what they have come to."""
+    """What `on_step` gets: the number of steps done, of how many, and what they have come to.
+
+    `on_step` stops the run by returning True, as tqdm's `update` does: do not hand that on.
+    """
 
     step: int
     steps: int

@@ -1,64 +1,94 @@
-"""Evaluation: the report holds every measure, and the classifier reads what is there."""
+"""Evaluation: the report holds every measure, is not measured twice, and grows where it stopped."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from reference.classifier import middle
-from reference.evaluate import GENERATION_SIZES, NOISE_SIZES
+from reference.evaluation.extent import FULL, QUICK
 from runtime.bundle.interface import size_name
 from runtime.sampling.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST
 
-
-def test_the_middle_is_the_shorter_side() -> None:
-    wide = torch.arange(20.0).reshape(1, 1, 2, 10)
-    assert middle(wide).tolist() == [[[[4, 5], [14, 15]]]]
-    assert torch.equal(middle(wide.transpose(2, 3)), middle(wide).transpose(2, 3))
+needs_mnist = pytest.mark.skipif(
+    not MNIST.exists(), reason=f"no MNIST at {MNIST}; set MNIST to its folder"
+)
 
 
-@pytest.mark.skipif(not MNIST.exists(), reason=f"no MNIST at {MNIST}; set MNIST to its folder")
-def test_a_report_and_its_pictures(tiny_bundle: Path, tmp_path: Path, command: Command) -> None:
+def test_the_quick_measure_is_a_part_of_the_whole_one() -> None:
+    for kind in ("sizes", "decoded", "reconstructed", "scraped", "factors", "alike", "sheets"):
+        assert {*getattr(QUICK, kind)} <= {*getattr(FULL, kind)}
+    assert QUICK.digits < FULL.digits and QUICK.images < FULL.images
+
+
+@needs_mnist
+def test_a_quick_report_and_its_pictures(
+    tiny_bundle: Path, classifier_file: Path, tmp_path: Path, command: Command
+) -> None:
     """Random weights draw nothing that can be read, while the classifier reads real digits."""
     args = ("--checkpoint", tiny_bundle / "tiny.safetensors", "--data", MNIST, "--out", "out")
-    small = ("--images", 20, "--digits", 40, "--steps", 1)
-    done = command("reference.evaluate", *args, *small)
+    small = ("--classifier", classifier_file, "--images", 10, "--digits", 20, "--steps", 2)
+    done = command("reference.evaluate", *args, *small, "--quick")
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["classifier_accuracy"]["test_images"] > 0.98
-    assert report["digits_read_right"].keys() == {size_name(size) for size in GENERATION_SIZES}
-    assert all(share < 0.5 for share in report["digits_read_right"].values())
+    path = tmp_path / "out" / "quick.json"
+    report = json.loads(path.read_text())
+    assert report["classifier_accuracy"]["test_images"] > 0.9
+    assert report["real_digits"]["train"]["read_right"] > 0.8
+    rows = report["generation"]
+    names = [f"{size_name(size)} at guidance 2" for size in QUICK.sizes]
+    assert [*rows] == ["8x8 at guidance 1", *names, "10x10 as 40x24 at guidance 2"]
+    assert all(row["read_right"] < 0.5 for row in rows.values())
+    assert all(row["frechet"] > report["real_digits"]["train"]["frechet"] for row in rows.values())
     assert all(error > 0.05 for error in report["reconstruction_mse"].values())
-    same, names = report["same_picture"], [size_name(size) for size in NOISE_SIZES]
-    assert same.keys() == set(KINDS) and all(list(found) == names for found in same.values())
-    assert all(found["8x8"]["psnr"] > 100 > found["16x16"]["psnr"] for found in same.values())
-    assert same["coherent"]["16x16"]["psnr"] != same["independent"]["16x16"]["psnr"]
-    assert "likeness" in done.stdout
+    curve = report["scale_consistency"]["8x8"]
+    assert curve["factor"] == [1, 2, 4, 16] and curve["psnr"][0] > 80 > curve["psnr"][1]
+    assert curve["ssim"][0] == pytest.approx(1) and len(curve["ssim"]) == 4
+    assert len(report["early_stop"]["8x8"]["read_right"]) == 2
     assert len(report["eps_mse_over_t"]["8x8"]["label"]) == 20
-    for name in ("digits-16x9", "reconstructions", "latent-channels", "eps-over-t"):
+    same = report["same_picture"]
+    assert same.keys() == set(KINDS)
+    assert all(found["8x8"]["psnr"] > 80 > found["12x12"]["psnr"] for found in same.values())
+    assert same["coherent"]["12x12"]["psnr"] != same["independent"]["12x12"]["psnr"]
+    charts = ("eps-over-t", "scale-psnr", "scale-ssim", "early-stop")
+    sheets = ("digits-16x9", "digits-10x10-as-40x24", "one-seed", "latent-channels")
+    for name in (*charts, *sheets, "reconstructions"):
         assert Image.open(tmp_path / "out" / f"{name}.png").size[0] > 10
-    assert "digits read right" in done.stdout
-    del report["digits_read_right"]["8x8"], report["reconstruction_mse"]["16x9"]
+    assert "precision" in done.stdout and "likeness" in done.stdout
+
+    del rows["16x16 at guidance 2"], report["early_stop"]
     report["reconstruction_mse"]["8x8"] = -1  # kept: what the report holds is not measured again
-    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
-    again = command("reference.evaluate", *args, *small, "--bundle", tiny_bundle)
-    assert again.returncode == 0, again.stderr
-    assert "by graphs in fp32" in again.stdout and "-1.0000" not in again.stdout
-    drawn = json.loads((tmp_path / "out" / "report.json").read_text())
-    stops = drawn["continued"]["8x8 then 16x16"]
-    assert stops["0"]["psnr"] > 100 > stops["1"]["psnr"]
-    for kind, sizes in drawn["same_picture"].items():
-        for size, found in sizes.items():
-            assert found["psnr"] == pytest.approx(same[kind][size]["psnr"], abs=0.05)
-    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
-    resumed = command("reference.evaluate", *args, *small)
-    assert "-1.0000" in resumed.stdout
-    assert len(re.findall(r"^  \d+x\d+: ", resumed.stdout, re.M)) == 1  # only what was missing
-    both = (d.stdout.split("images:")[1].split("likeness")[0] for d in (again, resumed))
-    tables = [sorted(line for line in d.splitlines()[1:] if line[:2] == "  ") for d in both]
-    assert tables[0] == tables[1]  # graphs and PyTorch draw the same
+    path.write_text(json.dumps(report))
+    resumed = command("reference.evaluate", *args, *small, "--quick")
+    again = json.loads(path.read_text())
+    assert "-1.0000" in resumed.stdout and len(again["early_stop"]["8x8"]["read_right"]) == 2
+    assert "16x16 at guidance 2: 100%" in resumed.stderr
+    assert "4x4 at guidance 2" not in resumed.stderr
+
+
+@needs_mnist
+def test_one_part_by_the_models_and_by_their_graphs(
+    tiny_bundle: Path, classifier_file: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--checkpoint", tiny_bundle / "tiny.safetensors", "--data", MNIST)
+    small = ("--classifier", classifier_file, "--digits", 20, "--steps", 4, "--only")
+    sizes = ("generation", "--sizes", "4x4,9x6")
+    found = []
+    for bundle in ((), ("--bundle", tiny_bundle)):
+        out = tmp_path / f"out{len(bundle)}"
+        done = command("reference.evaluate", *args, *small, *sizes, "--out", out, *bundle)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((out / "generation.json").read_text())["generation"])
+    names = {f"{size} at guidance {scale}" for size in ("4x4", "9x6") for scale in (1, 2)}
+    assert found[0].keys() == found[1].keys() == names
+    for name, row in found[0].items():
+        assert row["frechet"] == pytest.approx(found[1][name]["frechet"], rel=1e-3)
+    done = command(
+        "reference.evaluate", *args, *small, "likeness", "--bundle", tiny_bundle, "--quick"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "build" / "evaluation" / "likeness.json").read_text())
+    stops = report["continued"]["8x8 then 16x16"]
+    assert stops["0"]["psnr"] > 80 > stops["1"]["psnr"]
+    assert report.keys() == {"settings", "same_picture", "continued"}

@@ -5,6 +5,7 @@ these calls may reach. It checks what the engine asks for: addresses, sizes, cop
 """
 
 import ctypes
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,10 @@ FUSED = ["weights", "row", "x0_1", "x0_2", "noise", "next", "x0", "size"]
 
 
 class Cuda:
-    """The calls of `cuda.bindings.runtime` that the engine makes; `limit` bytes of memory."""
+    """The calls of `cuda.bindings.runtime` that the engine makes; `limit` bytes of memory.
+
+    As with CUDA itself, several threads may call it at once.
+    """
 
     cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorMemoryAllocation=2)  # noqa: N815
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)  # noqa: N815
@@ -23,19 +27,24 @@ class Cuda:
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit, self.device, self.host = limit, {}, {}  # type: ignore[var-annotated]
         self.copies: list[tuple[str, int]] = []
-        self.allocations = 0
+        self.allocations = self.used = 0
+        self.lock = threading.RLock()  # of these two; the collector frees in any thread's midst
 
     def cudaMalloc(self, count: int) -> tuple[int, int]:  # noqa: N802
-        if count > self.free():
-            return 2, 0
-        self.allocations += 1
+        with self.lock:
+            if count > self.free():
+                return 2, 0
+            self.allocations += 1
+            self.used += count
         return 0, self._new(self.device, count)
 
     def cudaMallocHost(self, count: int) -> tuple[int, int]:  # noqa: N802
         return 0, self._new(self.host, count)
 
     def cudaFree(self, pointer: int) -> tuple[int]:  # noqa: N802
-        del self.device[pointer]
+        count = len(self.device.pop(pointer))
+        with self.lock:
+            self.used -= count
         return (0,)
 
     def cudaFreeHost(self, pointer: int) -> tuple[int]:  # noqa: N802
@@ -66,7 +75,7 @@ class Cuda:
         return 0, self.free(), self.limit
 
     def free(self) -> int:
-        return self.limit - sum(len(memory) for memory in self.device.values())
+        return self.limit - self.used
 
     def array(self, pointer: int, shape: tuple[int, ...]) -> np.ndarray:
         """The float32 tensor at a device address, checked to lie in its memory."""

@@ -193,6 +193,56 @@ def test_without_labels_and_prompts_it_is_unconditional(tmp_path: Path) -> None:
         bundle.generate([0])
 
 
+def test_a_prompt_may_take_the_schedule(tmp_path: Path) -> None:
+    """What depends on both has steps, then conditions: indexed by the step, then gathered."""
+    manifest = read_manifest(write_bundle(tmp_path))
+    film = graph(
+        tmp_path,
+        "film",
+        "prompt",
+        {"alpha_bar": ("steps",), "condition": ("conditions", 3)},
+        {"film": ("steps", "conditions", 3)},
+        [
+            ("Unsqueeze", ["alpha_bar", "behind"], ["points"], {}),
+            ("Mul", ["points", "condition"], ["film"], {}),
+        ],
+        {"behind": np.array([1, 2], np.int64)},
+    )
+    step = graph(
+        tmp_path,
+        "stain",
+        "step",
+        {"latent": LATENT, "film": ("conditions", "batch", 3)},
+        {"eps": ("conditions", *LATENT)},
+        [
+            ("Unsqueeze", ["film", "behind"], ["stain"], {}),
+            ("Add", ["latent", "stain"], ["eps"], {}),
+        ],
+        {"behind": np.array([3, 4], np.int64)},
+    )
+    replace(manifest, graphs={"film": film, "stain": step}).write(tmp_path)
+    bundle = open_bundle(tmp_path)
+    table = solvers.table("ddim", COSINE, 5)
+    options: dict[str, Any] = {
+        "solver": "ddim",
+        "guidance_scale": 3.0,
+        "guidance_interval": (0.3, 0.7),
+    }
+    made = bundle.generate([1, 2], (6, 3), steps=5, **options)
+    request = Request([1, 2], (6, 3), steps=5, **options)
+    guidance = bundle.diffuser.guidance(request, table)
+    assert {len(guidance.branches(step)) for step in range(5)} == {1, 2}
+
+    def predict(x: np.ndarray, step: int) -> np.ndarray:
+        weights = guidance.weights[step][..., None, None, None]
+        stain = table.alpha_bar[step] * guidance.conditions[..., None, None]
+        return ((x + stain) * weights).sum(0)
+
+    start = NoiseStreams(0, range(2), (3, 6, 3), "coherent").draw()
+    wanted = sample(predict, start, table)
+    np.testing.assert_allclose(made.latents, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,0 +1,55 @@
+"""Work shared by processes: tracing a graph is Python and keeps one core busy, however many are."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.process import parent_process
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+PROCESSES = 2  # one graph of the model takes as long as all others together
+
+
+def in_processes(
+    work: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, as they are ready; items are begun in their order.
+
+    Raises what `work` raises. Then, and where the caller stops early, the others are ended.
+    """
+    count = min(PROCESSES, os.cpu_count() or 1, len(items))
+    threads = max(1, torch.get_num_threads() // count)
+    # Not forked: a fork beside the threads of torch can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _prepare, (threads,)) as pool:
+        jobs = {pool.submit(work, item): item for item in items}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def _prepare(threads: int) -> None:
+    """In a new process: leave interrupts to the parent, and end when it has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

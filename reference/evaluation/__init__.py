@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: measures of drawn digits, charts and sheets."""

@@ -1,0 +1,19 @@
+"""Work shared by processes: every result with its item, and no process left behind."""
+
+import math
+import multiprocessing
+import time
+
+import pytest
+
+from export.processes import in_processes
+
+
+def test_each_item_comes_with_its_result() -> None:
+    assert dict(in_processes(math.sqrt, [4.0, 9.0, 0.0])) == {4.0: 2.0, 9.0: 3.0, 0.0: 0.0}
+
+
+def test_an_error_in_one_process_is_raised_and_ends_the_other() -> None:
+    with pytest.raises(ValueError, match="non-negative"):
+        list(in_processes(time.sleep, [600, -1]))
+    assert not multiprocessing.active_children()
