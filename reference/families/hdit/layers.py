@@ -171,7 +171,7 @@ class SplitSkip(nn.Module):
         """`[B, h, w, d]` and skip `[B, 2h, 2w, out]` -> `[B, 2h, 2w, out]`."""
         cut = self.proj(x).unflatten(-1, (2, 2, -1))
         split = cut.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return torch.lerp(skip, split, self.fac.to(skip.dtype))
+        return skip + self.fac * (split - skip)
 
 
 class FourierFeatures(nn.Module):

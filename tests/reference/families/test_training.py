@@ -115,6 +115,15 @@ def test_a_family_learns_and_resumes_in_the_same_bits(
     assert eps.shape == (2, 1, 1, *size) and torch.isfinite(eps).all()
 
 
+@EACH
+def test_a_family_trains_in_bfloat16(name: str, bars: Path, tmp_path: Path) -> None:
+    args = arguments(configuration(name, tmp_path, steps=2), bars, tmp_path / "run")
+    args.bf16 = True
+    train(args)
+    state = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+
+
 def test_weights_of_another_run_are_taken_over_within_a_family(bars: Path, tmp_path: Path) -> None:
     config = configuration("sid2", tmp_path, steps=1, learning_rate="0.0", final_rate="0.0")
     train(arguments(config, bars, tmp_path / "a"))
