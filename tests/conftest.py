@@ -65,7 +65,7 @@ def quantized_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     line = [sys.executable, "-m", "calibration", str(folder), *CALIBRATION]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "t: 3 from 0.000 to 0.667, each 8 times" in done.stdout
+    assert "t: 2 from 0.333 to 0.667, each 8 times" in done.stdout
     return folder
 
 
