@@ -70,7 +70,7 @@ def prepared_apart(
     """Everything written to `folder` in a process of its own, so that this one stays small."""
     forms = {c.graph for c in contenders if c.graph.startswith("r2id.")} - {"r2id.cpu"}
     with tqdm(total=1, desc="export", unit="bundle") as bar:
-        (prepared,) = apart.items(prepare_one, folder, config, sizes, sorted(forms))
+        prepared, *_ = apart.items(prepare_one, folder, config, sizes, sorted(forms))
         bar.update()
     if isinstance(prepared, apart.Failure):
         raise RuntimeError(f"the export failed: {prepared.reason}")

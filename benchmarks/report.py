@@ -21,7 +21,7 @@ Rate = Callable[[Contender], float | None]
 
 @dataclass(frozen=True)
 class Failed:
-    """A contender that gave nothing at some sizes, and why."""
+    """A contender that gave nothing at some sizes, and why; at none where it failed after all."""
 
     contender: str
     sizes: tuple[Size, ...]
@@ -129,7 +129,8 @@ def as_text(rows: list[Row], rates: dict[str, list[float]], failed: Sequence[Fai
     lines += evenness(rows)
     for one in failed:
         sizes = ", ".join(map(size_name, one.sizes))
-        lines.append(f"{one.contender}: did not run at {sizes}: {one.reason}")
+        where = f"did not run at {sizes}" if sizes else "ran, and then"
+        lines.append(f"{one.contender}: {where}: {one.reason}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle.manifest import Array, read_manifest
+from runtime import open_bundle
+from runtime.bundle.manifest import Array, GraphSpec, read_manifest
 from runtime.engines import EngineOptions, open_engine
 from runtime.engines import onnxruntime as engine_module
 from runtime.engines.bound import MOST_CAPTURED, NOT_CAPTURED, Binding, BoundSession, own
@@ -74,6 +75,34 @@ def test_only_what_may_have_changed_is_copied_again(
     inputs["position"] = inputs["position"] + 1  # another array: copied, though of the same shape
     inputs["position"].flags.writeable = False
     np.testing.assert_array_equal(run(session, inputs), engine.run(inputs)["eps"])
+
+
+def test_what_outlives_a_step_is_copied_once_a_request(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request: dict[str, Any] = {"labels": [3], "latent": (5, 7), "steps": 4, "seed": 2}
+    wanted = open_bundle(tiny_bundle, EngineOptions(threads=1)).generate(**request)
+    copied: list[tuple[int, ...]] = []
+    value = load_library().OrtValue
+    update = value.update_inplace
+
+    def record(self: Any, data: Array) -> None:
+        copied.append(data.shape)
+        update(self, data)
+
+    def bind(session: Any, spec: GraphSpec, options: EngineOptions) -> BoundSession:
+        return BoundSession(load_library(), session, spec, ("cpu", 0), capture=False)
+
+    monkeypatch.setattr(value, "update_inplace", record)
+    monkeypatch.setattr(engine_module, "_bound", bind)
+    bundle = open_bundle(tiny_bundle, EngineOptions(threads=1))
+    np.testing.assert_array_equal(bundle.generate(**request).latents, wanted.latents)
+    position = next(t for t in bundle.manifest.graphs["r2id"].inputs if t.name == "position")
+    shape = position.shape({"height": 5, "width": 7})
+    assert copied.count(shape) == 1
+    assert sum(own[:2] == (2, 1) for own in copied) == 2  # text_k and text_v, once each
+    bundle.generate(**request)
+    assert copied.count(shape) == 1  # of the same size: it is still there
 
 
 def test_a_few_sizes_are_captured_each_in_a_graph_of_its_own(
