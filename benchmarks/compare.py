@@ -65,12 +65,20 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def prepared_apart(
-    folder: Path, config: str, sizes: list[Size], contenders: Iterable[Contender]
+    folder: Path,
+    config: str,
+    sizes: list[Size],
+    contenders: Iterable[Contender],
+    seconds: float | None = None,
 ) -> Prepared:
-    """Everything written to `folder` in a process of its own, so that this one stays small."""
+    """Everything written to `folder` in a process of its own, so that this one stays small.
+
+    Raises RuntimeError where it fails or takes longer than `seconds`.
+    """
     forms = {c.graph for c in contenders if c.graph.startswith("r2id.")} - {"r2id.cpu"}
     with tqdm(total=1, desc="export", unit="bundle") as bar:
-        prepared, *_ = apart.items(prepare_one, folder, config, sizes, sorted(forms))
+        given = folder, config, sizes, sorted(forms)
+        prepared, *_ = apart.items(prepare_one, *given, seconds=seconds)
         bar.update()
     if isinstance(prepared, apart.Failure):
         raise RuntimeError(f"the export failed: {prepared.reason}")

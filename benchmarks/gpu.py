@@ -33,7 +33,7 @@ PACKAGES = (
     *("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt_rtx", "tensorrt", "cuda-bindings"),
     *("onnx", "matplotlib", "pytest"),
 )
-TEST_SHARE = 0.3  # of the time, at most
+TEST_SHARE, EXPORT_SHARE = 0.3, 0.6  # of the time, at most; they run beside each other
 RESERVE = 10.0  # seconds for what follows the last contender
 RATE_SECONDS = 1.0
 MATRIX = {"cuda": 8192, "cpu": 512}  # rows and columns of the products that give the card's rate
@@ -51,7 +51,8 @@ def gpu(args: argparse.Namespace) -> None:
     sizes = sorted(args.sizes or SIZES, key=math.prod)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as pool:
         tests = pool.submit(run_tests, args.out / "tests.xml", TEST_SHARE * 60 * args.minutes)
-        prepared = exported(Path(name), args.config, sizes, contenders)
+        most = EXPORT_SHARE * 60 * args.minutes
+        prepared = exported(Path(name), args.config, sizes, contenders, most)
         about["tests"] = tests.result()
         print(as_text(about["tests"]), flush=True)
         if isinstance(prepared, str):
@@ -79,14 +80,14 @@ def gpu(args: argparse.Namespace) -> None:
 
 
 def exported(
-    folder: Path, config: str, sizes: list[Size], contenders: list[Contender]
+    folder: Path, config: str, sizes: list[Size], contenders: list[Contender], seconds: float
 ) -> Prepared | str:
-    """What is compared, or why nothing can be."""
+    """What is compared, written within `seconds`, or why nothing can be."""
     missing = [module for module in NEEDED if find_spec(module) is None]
     if missing:
         return f"no comparison: {', '.join(missing)} cannot be imported"
     try:
-        return prepared_apart(folder, config, sizes, contenders)
+        return prepared_apart(folder, config, sizes, contenders, seconds)
     except RuntimeError as error:
         return f"no comparison: {error}"
 

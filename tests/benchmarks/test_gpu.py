@@ -102,6 +102,12 @@ def test_what_the_time_does_not_suffice_for_is_left_out_by_name(prepared: Prepar
     assert [(f.sizes, f.reason) for f in failed] == [((*SIZES,), "left out: the time was used up")]
 
 
+def test_an_export_that_takes_too_long_is_given_up_with_a_reason(tmp_path: Path) -> None:
+    """So that the time holds on a slow machine."""
+    found = gpu.exported(tmp_path, "tiny", SIZES, [OURS], 0.01)
+    assert isinstance(found, str) and "stopped after 0 s" in found
+
+
 def test_every_contender_of_a_gpu_has_its_graph_and_name(prepared: Prepared) -> None:
     names = [contender.name for contender in DEVICE_CONTENDERS]
     assert len({*names}) == len(names)
