@@ -198,7 +198,15 @@ def generate(args: argparse.Namespace) -> None:
     for own, _ in runs:
         bundle.check(Request(each, **settings(own)), args.batch)
     drawings = [
-        Drawing(bundle, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
+        Drawing(
+            bundle,
+            own["continue_at"] or own["latent"],
+            own["image"],
+            own["crop"],
+            own["exact"],
+            args.memory,
+        )
+        for own, _ in runs
     ]
     paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
     if args.state is not None:

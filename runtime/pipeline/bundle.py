@@ -112,7 +112,7 @@ class Bundle:
         request = Request(labels, latent or self.interface.default_latent, **options)
         self.check(request)
         size = request.image or self.interface.image_size(request.largest)
-        self.engines.open_all(self.resampler.drawing(size))
+        self.engines.open_all(self.resampler.drawing(request.largest, size))
         x = self.diffuse(request, on_step)
         return Generated(self.decode(x, size), x)
 
@@ -160,7 +160,8 @@ class Bundle:
         """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1].
 
         `crop` (top, left, height, width) draws that window of the images alone, `exact` takes the
-        response ratios from every pixel and not from a sample. Raises UsageError, ResourceError.
+        response ratios from every pixel and not from a sample. Images of fewer pixels per latent
+        cell than the model was trained with are averaged, not sampled. Raises UsageError, ResourceError.
         """
         return self.resampler.decode(latent, size, crop, exact, memory)
 
