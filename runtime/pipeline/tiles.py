@@ -26,6 +26,7 @@ SMALLEST_TILE = 64  # pixels
 # is the mean of 3 × 3 of a larger decode at least (37 dB from a decode at 16 times the size, where
 # 2 × 2 are 33 and a sample is 25), and of at most as many as the smallest tile has.
 FEWEST_AVERAGED, MOST_AVERAGED = 3, 8  # along a side
+DENSITY = 1.5  # times the trained one: pixels per cell of what is averaged, along a side
 
 
 class Window(NamedTuple):
@@ -100,13 +101,13 @@ def sample_places(size: Size, side: int = SAMPLE) -> tuple[NDArray[np.int64], ND
 def averaged(latent: Size, size: Size, pixels_per_latent: int) -> int:
     """How many times as high and wide as an image of `size` its decode is, to be reduced by area.
 
-    1 from the trained ratio of pixels to latent cells on; below it at least that ratio is decoded.
+    1 from the trained ratio of pixels to latent cells on.
     """
     cells, pixels = latent[0] * latent[1], size[0] * size[1]
     short = pixels_per_latent * math.sqrt(cells / pixels)  # 1 at the trained ratio
     if short <= 1:
         return 1
-    return min(max(math.ceil(short), FEWEST_AVERAGED), MOST_AVERAGED)
+    return min(max(math.ceil(DENSITY * short), FEWEST_AVERAGED), MOST_AVERAGED)
 
 
 def times(window: Window, factor: int) -> Window:
