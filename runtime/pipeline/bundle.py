@@ -171,7 +171,8 @@ class Bundle:
 
         `crop` (top, left, height, width) draws that window of the images alone, `exact` takes the
         response ratios from every pixel and not from a sample. Images of fewer pixels per latent
-        cell than the model was trained with are averaged, not sampled. Raises UsageError, ResourceError.
+        cell than the model was trained with are averaged, not sampled. Raises UsageError,
+        ResourceError.
         """
         return self.resampler.decode(latent, size, crop, exact, memory)
 

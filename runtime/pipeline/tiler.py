@@ -35,9 +35,9 @@ Pixels = NDArray[np.float32]
 # What a resampler may add to the process where no limit is given: at the published width, the
 # sample and a tile.
 DEFAULT_ROOM = 350_000_000
-# A tile of more pixels leaves the processor's cache and is slower; powers of two down to the
-# smallest, so that the same request gives the same tiles.
-LARGEST_TILE, LEAST_BESIDE = 4096, 1024
+# A tile of more pixels leaves the caches of two cores and is slower, as benchmarks.rate
+# measures; powers of two down to the smallest, so that the same request gives the same tiles.
+LARGEST_TILE, LEAST_BESIDE = 2048, 1024
 GRN_EPSILON = 1e-6  # of ConvNeXt V2's GRN, as in the graphs
 
 
