@@ -4,10 +4,9 @@ Ours beside the published layout in PyTorch, eager and compiled, with DDIM and w
 DPM-Solver++ 2M. Each draws with the fewest evaluations whose pixels are 30 dB from the converged
 ODE, found once per model and latent (of 16x16 at most) by the graphs that all of them agree with.
 
-Parts, each contender in a process of its own: interpreter and imports; manifest and hashes (PyTorch:
-the checkpoint); compile; film and position; steps; decode; PNG. `fresh` is all of them: for ours it
-is measured as a command's wall time, for PyTorch it is their sum, its steps timed for --steps of
-them. `open` is a second picture of an open bundle (PyTorch: steps, decode and PNG). The published
+Parts, each contender in a process of its own: interpreter and imports; manifest and hashes (of
+PyTorch the checkpoint); compile; film and position; steps; decode; PNG. `fresh` is all of them: for
+ours a command's wall time, for PyTorch their sum, its steps timed for --steps of them. `open` is a second picture of an open bundle (PyTorch: steps, decode and PNG). The published
 width has random weights. Writes picture.json and picture.png.
 """
 
@@ -41,6 +40,8 @@ from runtime.images.pixels import save_png, save_rows, to_uint8
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER
 from runtime.sampling.request import Request
+from runtime.sampling.schedule import Schedule
+from runtime.sampling.solvers import Table
 
 Case = tuple[Size, Size]  # latent, image
 CASES: tuple[Case, ...] = (((8, 8), (256, 256)), ((16, 16), (1024, 1024)), ((64, 64), (1024, 1024)))
@@ -51,8 +52,11 @@ TRIED = (6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 125, 150, 200, 250, 
 CONVERGED, QUICKLY_CONVERGED = 250, 100  # evaluations of the ODE
 PICTURES = 4
 LABEL, SCALE = 7, 2.0
-TABLES = {"ours": partial(solvers.table, SOLVER), "2M": plain_2m_time}
-TABLES["DDIM"] = partial(solvers.table, "ddim")
+TABLES: dict[str, Callable[[Schedule, int], Table]] = {
+    "ours": partial(solvers.table, SOLVER),
+    "2M": plain_2m_time,
+    "DDIM": partial(solvers.table, "ddim"),
+}
 OURS = "import runtime.generate, runtime.images.pixels, runtime.pipeline.bundle, tqdm, {}"
 THEIRS = "import torch, numpy, PIL.Image, reference.checkpoint, benchmarks.published"
 LIBRARIES = {"cpu": "onnxruntime", "openvino": "openvino"}
@@ -83,9 +87,8 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def command(*line: str) -> float:
     """Wall seconds of a fresh interpreter."""
-    return seconds(
-        lambda: subprocess.run([sys.executable, *line], check=True, capture_output=True)
-    )[0]
+    run = partial(subprocess.run, [sys.executable, *line], check=True, capture_output=True)
+    return seconds(run)[0]
 
 
 def our_parts(
@@ -137,9 +140,8 @@ def torch_parts(
     torch.set_num_threads(threads)
     (latent, image), table = case, TABLES[kind](COSINE, steps)
     found: dict[str, float] = {"film": 0.0, "compile": 0.0}
-    found["manifest"], models = seconds(
-        lambda: load(SHIPPED).models.eval() if shipped else published()
-    )
+    read = (lambda: load(SHIPPED).models.eval()) if shipped else published
+    found["manifest"], models = seconds(read)
     labels = torch.zeros(2, 1, models.config.condition.labels)
     labels[1, 0, LABEL] = 1
     step = PublishedR2ID(models)
@@ -221,7 +223,7 @@ def measure(args: argparse.Namespace, bundles: dict[str, Path], png: Path) -> li
         for name, runs in taken.items():
             count, quality = fewest[works[name][0]]
             row = {"model": model, "latent": size_name(case[0]), "image": size_name(case[1])}
-            row |= {"contender": name, "evaluations": count, "psnr_db": quality}  # type: ignore[dict-item]
+            row |= {"contender": name, "evaluations": count, "psnr_db": quality}
             rows.append(row | {key: float(np.median([r[key] for r in runs])) for key in runs[0]})
     return rows
 
@@ -238,22 +240,12 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     """A table per model and case: seconds of each part, and how many times ours is as fast."""
     lines = []
     for name, own in grouped(rows).items():
-        heading = [
-            "",
-            "evaluations",
-            "dB",
-            *PARTS,
-            "fresh",
-            "open",
-            "ours is faster: fresh",
-            "open",
-        ]
-        best = {
-            key: min(r[key] for r in own if "ours" in r["contender"]) for key in ("fresh", "open")
-        }
-        table: list[list[object]] = [[*heading]]
+        ours = [row for row in own if row["contender"].startswith("ours")]
+        best = {key: min(row[key] for row in ours) for key in ("fresh", "open")}
+        heading = ["", "evaluations", "dB", *PARTS, *best]
+        table: list[list[object]] = [[*heading, *(f"ours is faster, {key}" for key in best)]]
         for row in own:
-            shown = [f"{row[key]:.3f}" for key in (*PARTS, "fresh", "open")]
+            shown = [f"{row[key]:.3f}" for key in (*PARTS, *best)]
             faster = [f"{row[key] / least:.1f}×" for key, least in best.items()]
             quality = [row["evaluations"], f"{row['psnr_db']:.1f}"]
             table.append([row["contender"], *quality, *shown, *faster])
@@ -277,7 +269,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             left += values
         axes.invert_yaxis()
         axes.set(title=name, xlabel="seconds from the command to the PNG, by part")
-    each[0].legend(fontsize=7, ncols=len(PARTS))
+    handles, labels = each[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=len(PARTS))
     with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format="png")
 
