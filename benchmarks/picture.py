@@ -6,8 +6,9 @@ ODE, found once per model and latent (of 16x16 at most) by the graphs that all o
 
 Parts, each contender in a process of its own: interpreter and imports; manifest and hashes (of
 PyTorch the checkpoint); compile; film and position; steps; decode; PNG. `fresh` is all of them: for
-ours a command's wall time, for PyTorch their sum, its steps timed for --steps of them. `open` is a second picture of an open bundle (PyTorch: steps, decode and PNG). The published
-width has random weights. Writes picture.json and picture.png.
+ours a command's wall time, for PyTorch their sum, its steps timed for --steps of them. `open` is a
+second picture of an open bundle (PyTorch: steps, decode and PNG). The published width has random
+weights. Writes picture.json and picture.png.
 """
 
 import argparse

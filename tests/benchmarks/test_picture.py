@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -44,8 +45,13 @@ def test_the_published_layout_draws_by_the_same_tables() -> None:
 
 
 def test_a_report_says_how_many_times_as_fast_ours_is(tmp_path: Path) -> None:
-    def row(contender: str, each: float) -> dict[str, object]:
-        case = {"model": "shipped", "latent": "8x8", "image": "64x64", "contender": contender}
+    def row(contender: str, each: float) -> dict[str, Any]:
+        case: dict[str, Any] = {
+            "model": "shipped",
+            "latent": "8x8",
+            "image": "64x64",
+            "contender": contender,
+        }
         parts = dict.fromkeys(picture.PARTS, each)
         return case | parts | {"evaluations": 6, "psnr_db": 30.0, "fresh": 7 * each, "open": each}
 
