@@ -195,16 +195,29 @@ def generate(args: argparse.Namespace) -> None:
     runs = [(wanted, args.out)]
     if args.preview:
         runs.insert(0, (preview(bundle, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
-    for own, _ in runs:
-        bundle.check(Request(each, **settings(own)), args.batch)
+    requests = [Request(each, **settings(own)) for own, _ in runs]
+    for asked in requests:
+        bundle.check(asked, args.batch)
     drawings = [
-        Drawing(bundle, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
+        Drawing(
+            bundle,
+            own["continue_at"] or own["latent"],
+            own["image"],
+            own["crop"],
+            own["exact"],
+            args.memory,
+        )
+        for own, _ in runs
     ]
     paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
     if args.state is not None:
         check_state(args.state)
     if (warning := bundle.interface.warning(wanted["continue_at"] or wanted["latent"])) is not None:
         print(f"note: {warning}", file=sys.stderr)
+    with bundle.opening(*requests):  # beside what else is to be loaded
+        import tqdm  # noqa: F401
+
+        import runtime.images.pixels  # noqa: F401
     for drawing in drawings:
         drawing.check()
     for (own, _), drawing, files in zip(runs, drawings, paths, strict=True):

@@ -43,7 +43,7 @@ def render(args: argparse.Namespace) -> None:
     if args.index >= len(state):
         raise UsageError(f"--index {args.index}: {args.state} holds images 0 to {len(state) - 1}")
     bundle = cli.open_bundle(args)
-    drawing = Drawing(bundle, args.size, args.crop, bool(args.exact), args.memory)
+    drawing = Drawing(bundle, state.latent, args.size, args.crop, bool(args.exact), args.memory)
     drawing.check(state, str(args.state))
     images = [drawing.bands(state, args.index)]
     drawing.save(out, images, 1, described(state.metadata, args, drawing.exact))
@@ -74,11 +74,12 @@ def described(made: dict[str, Any], args: argparse.Namespace, exact: bool) -> di
 
 
 class Drawing:
-    """How images are drawn from a state into a PNG: size, crop, exactness, memory."""
+    """How images are drawn from a state into a PNG: sizes, crop, exactness, memory."""
 
     def __init__(
         self,
         bundle: "Bundle",
+        latent: tuple[int, int],
         size: tuple[int, int],
         crop: tuple[int, int, int, int] | None,
         exact: bool,
@@ -87,7 +88,7 @@ class Drawing:
         from runtime.pipeline.tiles import window_of
 
         bundle.resampler.check_draw(size)
-        self.bundle, self.size, self.crop = bundle, size, crop
+        self.bundle, self.latent, self.size, self.crop = bundle, latent, size, crop
         self.exact, self.memory = exact, memory
         self.window = window_of(crop, size)
 
@@ -96,9 +97,9 @@ class Drawing:
         resampler = self.bundle.resampler
         if state is not None:
             resampler.check_decode_state(state, source)
-        self.bundle.engines.open_all(resampler.drawing(self.size))
+        self.bundle.engines.open_all(resampler.drawing(self.latent, self.size))
         if self.memory is not None:
-            resampler.check_memory(self.memory, self.size)
+            resampler.check_memory(self.memory, self.latent, self.size)
 
     def bands(self, state: "DecodeState", index: int = 0) -> "Iterator[Rows]":
         """One image of a state as uint8 bands `[n, w, c]` from the top."""

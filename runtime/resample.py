@@ -29,10 +29,10 @@ def resample(args: argparse.Namespace) -> None:
     check_writable(out)
     bundle = cli.open_bundle(args)
     bundle.check_resample(args.size)
-    drawing = Drawing(bundle, args.size, args.crop, bool(args.exact), args.memory)
     with ImageFile(args.input, bundle.interface.color_channels) as image:
-        drawing.check()
         size = args.latent or bundle.interface.latent_size(image.size)
+        drawing = Drawing(bundle, size, args.size, args.crop, bool(args.exact), args.memory)
+        drawing.check()
         latent = bundle.resampler.encode_windows(image, image.size, size, args.memory)
     metadata = {"model": bundle.interface.name, "resampled": args.input.name}
     drawing.save(out, [drawing.bands(bundle.state(latent))], 1, metadata)

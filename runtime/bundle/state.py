@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write, open_file
+from runtime.bundle.interface import Size
 from runtime.bundle.manifest import Axis
 from runtime.errors import ArtefactError
 
-OWN_KEYS = ("bundle", "metadata")
+OWN_KEYS = ("bundle", "latent", "metadata")
 MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}\.npy")
 MOST_MEMBERS = 64
 LARGEST_STATE = 1 << 32  # bytes of a state's file, unpacked
@@ -27,12 +28,13 @@ class DecodeState:
     """Of B images, what is drawn from: float32 arrays `[B, ...]` by the names of their tensors.
 
     With a resampler these are its sums over each latent's tokens, else the pixels themselves.
-    `bundle` is the SHA-256 of the fp32 graph that the arrays belong to; `metadata` is what made
-    the latents.
+    `bundle` is the SHA-256 of the fp32 graph that the arrays belong to; `latent` the size and
+    `metadata` what made the latents.
     """
 
     arrays: Mapping[str, NDArray[np.float32]]
     bundle: str
+    latent: Size
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -44,7 +46,11 @@ class DecodeState:
 
     def save(self, path: Path) -> None:
         """Write an .npz file, whole or not at all; raises ResourceError."""
-        own = {"bundle": np.array(self.bundle), "metadata": np.array(json.dumps(self.metadata))}
+        own = {
+            "bundle": np.array(self.bundle),
+            "latent": np.array(self.latent),
+            "metadata": np.array(json.dumps(self.metadata)),
+        }
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, **self.arrays, **own)
 
@@ -56,21 +62,23 @@ class DecodeState:
                 check_archive(path, zipfile.ZipFile(file))
                 with np.load(file, allow_pickle=False) as found:
                     arrays = {name: found[name] for name in found.files}
-            bundle, text = (arrays.pop(key) for key in OWN_KEYS)
+            bundle, latent, text = (arrays.pop(key) for key in OWN_KEYS)
             metadata = json.loads(str(text))
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, ArtefactError):
                 raise
             raise ArtefactError(f"{path}: no decode state ({error}). {REMEDY}") from None
-        whole = isinstance(metadata, dict) and bundle.ndim == 0 and bundle.dtype.kind == "U"
+        sized = latent.shape == (2,) and latent.dtype.kind == "i" and latent.min() > 0
+        named = bundle.ndim == 0 and bundle.dtype.kind == "U"
+        whole = isinstance(metadata, dict) and named and sized
         counts = {array.shape[:1] for array in arrays.values()}
         if not whole or len(counts) != 1 or any(a.dtype != np.float32 for a in arrays.values()):
             listed = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
             raise ArtefactError(
-                f"{path}: holds {listed or 'no array'}; expected float32 arrays of as many images "
-                f"and what made them. {REMEDY}"
+                f"{path}: holds {listed or 'no array'}; expected float32 arrays of as many images, "
+                f"their latents' size and what made them. {REMEDY}"
             )
-        return cls(arrays, str(bundle), metadata)
+        return cls(arrays, str(bundle), (int(latent[0]), int(latent[1])), metadata)
 
     def check(self, bundle: str, axes: Mapping[str, Sequence[Axis]], source: str) -> None:
         """Raise ArtefactError naming `source` for a state of another bundle, or one not whole.
@@ -104,5 +112,5 @@ def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
     if not whole or sum(members.values()) > LARGEST_STATE:
         raise ArtefactError(
             f"{path}: holds {dict([*members.items()][:MOST_MEMBERS])}; expected arrays, "
-            f"{' and '.join(OWN_KEYS)} of {LARGEST_STATE} bytes at most. {REMEDY}"
+            f"{', '.join(OWN_KEYS)} of {LARGEST_STATE} bytes at most. {REMEDY}"
         )

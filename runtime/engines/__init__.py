@@ -81,9 +81,11 @@ class SamplingEngine(Engine, Protocol):
 
 def check_engine_kind(engine: Path) -> None:
     """Raise IncompatibleError where `engine` is a plan and no TensorRT is installed."""
+    if engine.suffix != ".plan":
+        return
     from runtime.engines import tensorrt
 
-    if engine.suffix == ".plan" and not tensorrt.installed():
+    if not tensorrt.installed():
         extras = " or ".join(f"'.[{f.extra}]'" for f in tensorrt.FLAVOURS.values())
         raise IncompatibleError(
             f"{engine}: a TensorRT plan, but TensorRT is not installed here. Install it with: "

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write, open_file
 from runtime.errors import ArtefactError, UsageError
-from runtime.images.png import PngWriter, Rows, open_rows, read_text
+from runtime.images.png import PngWriter, Rows, open_rows, read_text, write_beside
 
 METADATA_KEY = "r2"
 SHEET_GAP = 2  # pixels between the images of a contact sheet
@@ -78,9 +78,7 @@ def save_rows(
     height, width, channels = shape
     with atomic_write(path) as file:
         png = PngWriter(file, height, width, channels, {METADATA_KEY: json.dumps(metadata)})
-        for band in bands:
-            png.write(band)
-        png.close()
+        write_beside(png, bands)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@
 and 11. Pillow writes whole images only, and TIFF would want a library of its own.
 """
 
+import queue
 import struct
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +21,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 3: 2}  # by channels: grey, RGB
 HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, colour type, compression, filter, lacing
 IDAT_BYTES = 1 << 16
+BANDS_AHEAD = 2  # that may wait to be written while the next is made
 LARGEST_TEXT = 1 << 26  # no request of ours comes near; stops absurd allocations
 
 Rows = NDArray[np.uint8]
@@ -67,6 +70,38 @@ class PngWriter:
     def _chunk(self, kind: bytes, data: bytes) -> None:
         self.file.write(struct.pack(">I", len(data)) + kind + data)
         self.file.write(struct.pack(">I", zlib.crc32(kind + data)))
+
+
+def write_beside(png: PngWriter, bands: Iterable[Rows]) -> None:
+    """Write `bands` from the top, on a thread, while the next ones are made; then close the PNG.
+
+    BANDS_AHEAD of them wait at most. What goes wrong on either side ends both, and is raised here
+    once the thread has let go of the file.
+    """
+    waiting: queue.Queue[Rows | None] = queue.Queue(BANDS_AHEAD)
+    failed: list[Exception] = []
+
+    def write() -> None:
+        while (band := waiting.get()) is not None:
+            try:
+                if not failed:
+                    png.write(band)
+            except Exception as error:  # the queue is still emptied, so that nobody waits
+                failed.append(error)
+
+    thread = threading.Thread(target=write, daemon=True)  # a second Ctrl-C waits for nothing
+    thread.start()
+    try:
+        for band in bands:
+            if failed:
+                break
+            waiting.put(band)
+    finally:
+        waiting.put(None)
+        thread.join()
+    if failed:
+        raise failed[0]
+    png.close()
 
 
 def filtered(rows: Rows, above: Rows, channels: int) -> bytes:

@@ -4,6 +4,7 @@ Letters: B images, K conditions, C latent channels, c colours, H × W latent, h 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,9 +113,18 @@ class Bundle:
         request = Request(labels, latent or self.interface.default_latent, **options)
         self.check(request)
         size = request.image or self.interface.image_size(request.largest)
-        self.engines.open_all(self.resampler.drawing(size))
+        with self.opening(request):
+            pass
         x = self.diffuse(request, on_step)
         return Generated(self.decode(x, size), x)
+
+    def opening(self, *requests: Request) -> AbstractContextManager[None]:
+        """Open every graph that requests need, while the block runs: errors show at its end."""
+        drawing: list[str] = []
+        for request in requests:
+            size = request.image or self.interface.image_size(request.largest)
+            drawing += self.resampler.drawing(request.largest, size)
+        return self.diffuser.opening(requests, drawing)
 
     def check(self, request: Request, batch: int | None = None) -> None:
         """Raise UsageError for a request that cannot be met; `batch` images are drawn at once."""
@@ -160,7 +170,9 @@ class Bundle:
         """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1].
 
         `crop` (top, left, height, width) draws that window of the images alone, `exact` takes the
-        response ratios from every pixel and not from a sample. Raises UsageError, ResourceError.
+        response ratios from every pixel and not from a sample. Images of fewer pixels per latent
+        cell than the model was trained with are averaged, not sampled. Raises UsageError,
+        ResourceError.
         """
         return self.resampler.decode(latent, size, crop, exact, memory)
 

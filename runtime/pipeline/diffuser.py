@@ -3,8 +3,9 @@
 Letters: B images, K conditions, C latent channels, H × W latent, S points of the schedule.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -134,6 +135,16 @@ class Diffuser:
             return 0
         return max(1, int((table.alpha_bar[:-1] < EXACT_BELOW).sum()))
 
+    def opening(
+        self, requests: Sequence[Request], drawing: Iterable[str] = ()
+    ) -> contextlib.AbstractContextManager[None]:
+        """All graphs of requests, and those of `drawing`, opened while the block runs."""
+        exact = any(self.exact_steps(request.table(self.schedule)) for request in requests)
+        larger = [request.continue_at for request in requests if request.continue_at]
+        encoding = [graph for size in larger for graph in self.resampler.encoding(size)]
+        graphs = [self.step_graph, *self.kept, *encoding, *drawing]
+        return self.engines.opening(graphs, [self.step_graph] * exact)
+
     def step_engines(self, table: Table) -> tuple[Engine, Engine]:
         """The engines of a step: of the first `exact_steps` and of all others; often one."""
         exact = "fp32" if self.exact_steps(table) else None
@@ -151,14 +162,13 @@ class Diffuser:
     def diffuse(self, request: Request, on_step: OnStep | None = None) -> NDArray[np.float32]:
         """The latents `[B, C, H, W]` of a request that was checked; raises StoppedError."""
         table, turn, larger = request.table(self.schedule), request.turn, request.continue_at
-        self.step_engines(table)  # a damaged file shows before any work, not after it
-        self.engines.open_all(self.kept)
+        with self.opening([request]):
+            pass  # a damaged file shows before any work, not after it
         told = self.telling(request, on_step)
         guidance, streams = self.guidance(request, table), self.noise(request, request.latent)
         x = self.sample(streams.draw(), streams, table, guidance, told, (0, turn))
         if larger is None:
             return x
-        self.engines.open_all(self.resampler.encoding(larger))
         eps = self.predictor(guidance, request.latent, table)(x, turn)
         streams = self.noise(request, larger)
         x = self.enlarge(x, eps, float(table.alpha_bar[turn]), streams.draw())

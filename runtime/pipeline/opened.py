@@ -1,7 +1,8 @@
 """A bundle's graphs as engines: opened when first needed, kept, checked against a request."""
 
+import contextlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from runtime.bundle.manifest import Manifest
@@ -18,27 +19,57 @@ class Engines:
         self.options = options or EngineOptions()
         manifest.check_precision(self.options.form)
         self.opened: dict[tuple[str, str], Engine] = {}
-        self._opening = threading.Lock()
+        self._opening: dict[tuple[str, str], threading.Lock] = {}
 
     def open(self, graph: str, precision: str | None = None) -> Engine:
         """The engine of a graph, opened on first use; `precision` if not the bundle's own."""
         options = replace(self.options, precision=precision or self.options.precision)
         key = graph, options.precision
-        with self._opening:
+        with self._opening.setdefault(key, threading.Lock()):
             if key not in self.opened:
                 self.opened[key] = open_engine(self.manifest, graph, options)
             return self.opened[key]
 
-    def open_all(self, graphs: Iterable[str]) -> None:
-        """Open graphs before any work, so that a damaged file does not show after it."""
-        for graph in graphs:
-            self.open(graph)
+    def open_all(self, graphs: Iterable[str], exact: Iterable[str] = ()) -> None:
+        """Open graphs before any work, so that a damaged file does not show after it.
+
+        Those of `exact` in fp32, the others in the bundle's own precision.
+        """
+        with self.opening(graphs, exact):
+            pass
+
+    @contextlib.contextmanager
+    def opening(self, graphs: Iterable[str], exact: Iterable[str] = ()) -> Iterator[None]:
+        """`open_all` while the block runs, which ends when all are open.
+
+        On processors in a thread per graph; elsewhere one graph may take all that there is.
+        """
+        wanted = dict.fromkeys([*((name, "fp32") for name in exact), *((g, None) for g in graphs)])
+        failed: dict[tuple[str, str | None], BaseException] = {}
+
+        def open_one(graph: str, precision: str | None) -> None:
+            try:
+                self.open(graph, precision)
+            except BaseException as error:
+                failed[graph, precision] = error
+
+        threads = [threading.Thread(target=open_one, args=one) for one in wanted]
+        alone = self.options.plans or self.options.provider != "cpu"
+        for thread in threads:
+            thread.start()
+            if alone:
+                thread.join()
+        yield
+        for thread in threads:
+            thread.join()
+        for one in wanted:
+            if one in failed:
+                raise failed[one]
 
     @property
     def provider(self) -> str:
         """What runs the graphs that are open: a name, or several joined by + after a fallback."""
-        with self._opening:
-            return "+".join(sorted({engine.provider for engine in self.opened.values()}))
+        return "+".join(sorted({engine.provider for engine in list(self.opened.values())}))
 
     def whole(self, graph: str) -> bool:
         """Whether a graph runs at the sizes of a plan alone, and so at none of a tile."""

@@ -13,10 +13,20 @@ from runtime.bundle.interface import Size
 from runtime.bundle.manifest import Array
 from runtime.bundle.state import DecodeState
 from runtime.coordinates import grid
+from runtime.errors import UsageError
 from runtime.memory import resident
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.tiler import DEFAULT_ROOM, Pixels, Roles, Tiler
-from runtime.pipeline.tiles import SAMPLE, Crop, Read, check_memory, fill, window_of, windows_of
+from runtime.pipeline.tiles import (
+    SAMPLE,
+    Crop,
+    Read,
+    averaged,
+    check_memory,
+    fill,
+    window_of,
+    windows_of,
+)
 
 
 class Resampler:
@@ -38,10 +48,24 @@ class Resampler:
         whole = self.engines.whole(self.roles.decode)
         return Tiler(self.engines, self.roles, room, whole)
 
-    def drawing(self, size: Size) -> list[str]:
-        """The graphs that drawing an image of `size` needs."""
+    def averaged(self, latent: Size, size: Size) -> int:
+        """How many times as high and wide as an image its decode is; see `tiles.averaged`.
+
+        1 where engines run whole images alone and cannot run so large a one.
+        """
+        factor = averaged(latent, size, self.manifest.interface.pixels_per_latent)
+        if factor > 1 and self.engines.whole(self.roles.decode):
+            try:
+                self.check_draw((factor * size[0], factor * size[1]))
+            except UsageError:
+                return 1
+        return factor
+
+    def drawing(self, latent: Size, size: Size) -> list[str]:
+        """The graphs that drawing an image of `size` from a latent of a size needs."""
         roles = self.roles
-        sampled = size[0] * size[1] > SAMPLE * SAMPLE and not self.engines.whole(roles.decode)
+        pixels = self.averaged(latent, size) ** 2 * size[0] * size[1]
+        sampled = pixels > SAMPLE * SAMPLE and not self.engines.whole(roles.decode)
         return [roles.read_latent, roles.decode, *([roles.render, roles.respond] * sampled)]
 
     def encoding(self, size: Size) -> list[str]:
@@ -73,10 +97,10 @@ class Resampler:
         self.check_draw(between)
         self.check_encode(between, larger, batch)
 
-    def check_memory(self, memory: int, size: Size) -> None:
+    def check_memory(self, memory: int, latent: Size, size: Size) -> None:
         """Raise ResourceError where drawing an image of `size` needs more than `memory` bytes."""
-        tiler = self.tiler(memory)
-        check_memory(memory, max(tiler.bytes_needed(graph, 1) for graph in self.drawing(size)))
+        tiler, graphs = self.tiler(memory), self.drawing(latent, size)
+        check_memory(memory, max(tiler.bytes_needed(graph, 1) for graph in graphs))
 
     def enlarge(self, x0: Array, size: Size) -> Array:
         """Latents float32 `[B, C, H, W]` as ones of `size`, by way of their images."""
@@ -114,7 +138,7 @@ class Resampler:
         summarise = partial(self.tiler().summarise, self.roles.read_latent, "latent", size=size)
         each = [summarise(read=windows_of(own)) for own in np.split(latent, len(latent))]
         sums = {name: np.concatenate([own[name] for own in each]) for name in each[0]}
-        return DecodeState(sums, self._bound_to, metadata or {})
+        return DecodeState(sums, self._bound_to, size, metadata or {})
 
     @property
     def _bound_to(self) -> str:
@@ -139,12 +163,14 @@ class Resampler:
 
         `crop` (top, left, height, width) draws that window of the image alone, `exact` takes the
         GRN ratios from every pixel instead of a sample, `memory` in bytes chooses the tiles.
+        Images of fewer pixels per latent cell than the model was trained with are averaged.
         Raises UsageError, ArtefactError for a state of another bundle, ResourceError.
         """
         self.check_draw(size)
         window = window_of(crop, size)
         self.check_decode_state(state, "decode state")
-        return self.tiler(memory).draw(state.one(index), size, window, exact)
+        factor = self.averaged(state.latent, size)
+        return self.tiler(memory).draw(state.one(index), size, window, exact, factor)
 
     def decode(
         self,

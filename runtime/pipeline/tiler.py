@@ -20,15 +20,24 @@ from runtime.bundle.manifest import FILE_NAME, REBUILD, Array, GraphSpec, Manife
 from runtime.coordinates import Grid
 from runtime.errors import ArtefactError
 from runtime.pipeline.opened import Engines
-from runtime.pipeline.tiles import SMALLEST_TILE, Read, Window, bands, sample_places, window_of
+from runtime.pipeline.tiles import (
+    SMALLEST_TILE,
+    Read,
+    Window,
+    bands,
+    reduced,
+    sample_places,
+    times,
+    window_of,
+)
 
 Pixels = NDArray[np.float32]
 # What a resampler may add to the process where no limit is given: at the published width, the
 # sample and a tile.
 DEFAULT_ROOM = 350_000_000
-# A tile of more pixels leaves the processor's cache and is slower; powers of two down to the
-# smallest, so that the same request gives the same tiles.
-LARGEST_TILE, LEAST_BESIDE = 4096, 1024
+# A tile of more pixels leaves the caches of two cores and is slower, as benchmarks.rate
+# measures; powers of two down to the smallest, so that the same request gives the same tiles.
+LARGEST_TILE, LEAST_BESIDE = 2048, 1024
 GRN_EPSILON = 1e-6  # of ConvNeXt V2's GRN, as in the graphs
 
 
@@ -128,30 +137,38 @@ class Tiler:
         return {key: total.astype(np.float32) for key, total in totals.items()}
 
     def draw(
-        self, sums: Mapping[str, Array], size: Size, window: Window, exact: bool = False
+        self,
+        sums: Mapping[str, Array],
+        size: Size,
+        window: Window,
+        exact: bool = False,
+        factor: int = 1,
     ) -> Iterator[Pixels]:
         """A window of one image of `size` in bands `[c, rows, window.width]`, from the top.
 
         `sums` are those of one latent. `exact` takes the ratios from every pixel, in a pass per
-        GRN, where they else come from a sample.
+        GRN, where they else come from a sample. Each pixel is the mean of `factor`² of a decode
+        that is so many times as high and wide.
         """
-        place, roles = Grid(*size), self.roles
-        sample = sample_places(size)[0].size
-        if self.whole or (sample == size[0] * size[1] and self.at_once(sample)):
-            inputs = {"coordinates": place.window(0, 0, *size), **sums}
-            pixels = self.engines.open(roles.decode).run(inputs)["pixels"][0]
+        fine = factor * size[0], factor * size[1]
+        place, roles = Grid(*fine), self.roles
+        sample = sample_places(fine)[0].size
+        if self.whole or (sample == fine[0] * fine[1] and self.at_once(sample)):
+            inputs = {"coordinates": place.window(0, 0, *fine), **sums}
+            pixels = reduced(self.engines.open(roles.decode).run(inputs)["pixels"][0], factor)
             top, left, height, width = window
             yield pixels[:, top : top + height, left : left + width]
             return
-        given = {self.ratios: self.response(sums, size, exact), **sums}
+        given = {self.ratios: self.response(sums, fine, exact), **sums}
         engine, taken = self.engines.open(roles.render), self.at_once(sample)
         if exact or not taken:  # the graph of the passes keeps its memory
             count = self.tile(roles.render, roles.respond)
         else:
             count = self.tile(roles.render, taken=taken)
-        for band in bands(window, count):
-            tiles = [engine.run({"coordinates": place.window(*tile), **given}) for tile in band]
-            yield np.concatenate([tile["pixels"][0] for tile in tiles], 2)
+        for band in bands(window, count // factor**2):
+            at = [place.window(*times(tile, factor)) for tile in band]
+            tiles = [engine.run({"coordinates": own, **given})["pixels"][0] for own in at]
+            yield np.concatenate([reduced(tile, factor) for tile in tiles], 2)
 
     @property
     def ratios(self) -> str:

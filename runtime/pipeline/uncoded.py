@@ -25,7 +25,7 @@ class Uncoded:
     def __init__(self, manifest: Manifest):
         self.manifest, self.interface = manifest, manifest.interface
 
-    def drawing(self, size: Size) -> list[str]:
+    def drawing(self, latent: Size, size: Size) -> list[str]:
         """No graph is needed to draw."""
         return []
 
@@ -51,7 +51,7 @@ class Uncoded:
         self.check_state(latent)
         self.check_state(larger)
 
-    def check_memory(self, memory: int, size: Size) -> None:
+    def check_memory(self, memory: int, latent: Size, size: Size) -> None:
         """Nothing is computed, so that any limit holds."""
 
     def enlarge(self, x0: Array, size: Size) -> Array:
@@ -79,8 +79,9 @@ class Uncoded:
 
     def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
         """Images float32 `[B, c, H, W]`, to draw any crop from."""
-        self.check_state((latent.shape[2], latent.shape[3]))
-        return DecodeState({NAME: np.asarray(latent, np.float32)}, self._bound_to, metadata or {})
+        self.check_state(size := (latent.shape[2], latent.shape[3]))
+        pixels = {NAME: np.asarray(latent, np.float32)}
+        return DecodeState(pixels, self._bound_to, size, metadata or {})
 
     @property
     def _bound_to(self) -> str:

@@ -1,6 +1,8 @@
 """PNG row by row: Pillow reads what is written, and what Pillow writes is read."""
 
 import io
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import ArtefactError
-from runtime.images.pixels import ImageFile
-from runtime.images.png import PngWriter, filtered, open_rows, read_text, unfilter
+from runtime.images.pixels import ImageFile, save_rows
+from runtime.images.png import (
+    BANDS_AHEAD,
+    PngWriter,
+    filtered,
+    open_rows,
+    read_text,
+    unfilter,
+    write_beside,
+)
 
 NAME = Path("name.png")
 
@@ -92,6 +102,54 @@ def test_rows_must_fit_the_image() -> None:
         png.write(np.zeros((3, 3, 1), np.uint8))
     with pytest.raises(ValueError, match="2 rows are missing"):
         png.close()
+
+
+def test_bands_are_written_in_order_while_others_are_made() -> None:
+    image, file, made = picture(40, 9, 3, 1), io.BytesIO(), 0
+    png = PngWriter(file, 40, 9, 3, {})
+    slow, write, writers = threading.Event(), png.write, set()
+
+    def write_slowly(rows: np.ndarray) -> None:
+        slow.wait(60)
+        writers.add(threading.current_thread())
+        write(rows)
+
+    def bands() -> Iterator[np.ndarray]:
+        nonlocal made
+        for top in range(40):
+            made += 1
+            if made == BANDS_AHEAD + 2:  # those that wait, the one that is written, this one
+                slow.set()
+            assert slow.is_set() or made <= BANDS_AHEAD + 2
+            yield image[top : top + 1]
+
+    png.write = write_slowly  # type: ignore[method-assign]
+    write_beside(png, bands())
+    assert file.getvalue() == written(image, 7)
+    assert len(writers) == 1 and threading.current_thread() not in writers
+
+
+@pytest.mark.parametrize("side", ["made", "written", "interrupted"])
+def test_what_goes_wrong_beside_leaves_the_old_file(side: str, tmp_path: Path) -> None:
+    path, image = tmp_path / "a.png", picture(40, 9, 1, 1)
+    path.write_bytes(b"old")
+    error = KeyboardInterrupt if side == "interrupted" else ValueError
+    drawn = 0
+
+    def bands() -> Iterator[np.ndarray]:
+        nonlocal drawn
+        for drawn in range(40):
+            if drawn == 20 and side != "written":
+                raise error("made")
+            yield image[drawn : drawn + 1] if drawn != 5 or side != "written" else image[:, :3]
+
+    before = threading.active_count()
+    with pytest.raises(error, match="made" if side != "written" else "expected at most"):
+        save_rows(path, bands(), image.shape, {})
+    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+    assert threading.active_count() == before
+    if side == "written":
+        assert drawn <= 5 + BANDS_AHEAD + 2  # the rest is not drawn in vain
 
 
 def test_damage_is_found() -> None:

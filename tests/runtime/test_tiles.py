@@ -123,6 +123,39 @@ def test_a_small_image_is_its_own_sample(pipeline: Bundle, latent: np.ndarray) -
     np.testing.assert_array_equal(crop, wanted[..., 3:23, 5:35])
 
 
+@pytest.mark.parametrize(("size", "factor"), [((11, 20), 3), ((5, 7), 4), ((1, 1), 8), ((4, 4), 6)])
+def test_a_small_picture_is_the_mean_of_a_larger_one(
+    pipeline: Bundle, latent: np.ndarray, size: tuple[int, int], factor: int
+) -> None:
+    fine = untiled(pipeline, latent, (factor * size[0], factor * size[1]))
+    wanted = fine.reshape(1, 1, size[0], factor, size[1], factor).mean((3, 5))
+    np.testing.assert_allclose(pipeline.decode(latent, size), wanted, rtol=0, atol=TOLERANCE)
+    state = pipeline.state(latent)
+    crop = (size[0] - 1, 0, 1, size[1])
+    row = pipeline.render(state, size, crop)
+    np.testing.assert_allclose(row, wanted[0, :, -1:], rtol=0, atol=TOLERANCE)
+
+
+def test_a_picture_at_the_trained_ratio_is_decoded_as_it_is(
+    pipeline: Bundle, latent: np.ndarray
+) -> None:
+    np.testing.assert_array_equal(
+        pipeline.decode(latent, (12, 20)), untiled(pipeline, latent, (12, 20))
+    )
+
+
+def test_tiles_of_a_small_picture_are_its_own(
+    pipeline: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of so many cells that the decode before the means is larger than a sample."""
+    latent, size = np.random.default_rng(0).standard_normal((1, 4, 13, 15), np.float32), (50, 55)
+    wanted = pipeline.decode(latent, size)
+    assert wanted.shape[2:] == size and tiles.SAMPLE**2 < 9 * 50 * 55
+    monkeypatch.setattr(tiler, "LARGEST_TILE", 64)
+    agree(pipeline.decode(latent, size), wanted)
+    agree(pipeline.decode(latent, size, (7, 9, 20, 30)), wanted[..., 7:27, 9:39])
+
+
 def test_little_memory_changes_no_pixel(
     tiny_bundle: Path, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +231,7 @@ def test_memory_chooses_the_tile_and_says_what_is_missing(
         room = own.bytes_needed("r2ir_render", pixels)
         return replace(own, room=room).tile("r2ir_render", *graphs)
 
-    assert [tile(n) for n in (9999, 4096, 4095, 64, -1)] == [4096, 4096, 2048, 64, 64]
+    assert [tile(n) for n in (9999, 2048, 2047, 64, -1)] == [2048, 2048, 1024, 64, 64]
     assert tile(4096, "r2ir_response") == 1024  # both at once
     monkeypatch.setattr(tiles, "resident", lambda: 100_000_000)
     each = own.bytes_needed("r2ir_render", 1)
@@ -223,7 +256,7 @@ def test_a_state_draws_what_its_latent_draws(
     both = np.concatenate([latent[:, :, ::-1], latent])
     pipeline.state(both, {"a": [1, None]}).save(tmp_path / "state.npz")
     state = DecodeState.load(tmp_path / "state.npz")
-    assert len(state) == 2 and state.metadata == {"a": [1, None]}
+    assert state.latent == (3, 5) and len(state) == 2 and state.metadata == {"a": [1, None]}
     drawn = np.concatenate([*pipeline.resampler.draw(state, LARGE, (9, 8, 70, 60), index=1)], 1)
     wanted = pipeline.decode(latent, LARGE, (9, 8, 70, 60))[0]
     np.testing.assert_allclose(drawn, wanted, rtol=0, atol=TOLERANCE)
@@ -244,7 +277,7 @@ def test_states_that_are_not_whole_are_refused(
     path = tmp_path / "state.npz"
     state = pipeline.state(latent)
     state.save(path)
-    whole, sums = path.read_bytes(), dict(state.arrays)
+    whole, sums, bound = path.read_bytes(), dict(state.arrays), (state.bundle, state.latent)
     plain = io.BytesIO()
     with zipfile.ZipFile(plain, "w") as archive:
         archive.writestr("kv.npy", b"no array")
@@ -254,6 +287,9 @@ def test_states_that_are_not_whole_are_refused(
         (plain.getvalue(), "expected"),
         (altered(whole, bundle=None), "expected"),
         (altered(whole, more=1), "expected"),
+        (altered(whole, latent=None), "expected"),
+        (altered(whole, latent=[3, 0]), "expected float32"),
+        (altered(whole, latent=3), "expected float32"),
         (altered(whole, metadata="[]"), "expected float32"),
         (altered(whole, metadata="{"), "no decode state"),
         (altered(whole, kv=state.arrays["kv"].astype(np.float64)), "float64"),
@@ -265,10 +301,10 @@ def test_states_that_are_not_whole_are_refused(
         with pytest.raises(ArtefactError, match=words):
             DecodeState.load(path)
     broken: list[tuple[Callable[[], DecodeState], str]] = [
-        (lambda: DecodeState(sums | {"k": sums["k"] * np.nan}, state.bundle), "finite"),
-        (lambda: DecodeState(sums | {"k": sums["k"][:, :1]}, state.bundle), r"\[batch, 2, 16\]"),
-        (lambda: DecodeState({"kv": sums["kv"]}, state.bundle), r"k is \(\); expected"),
-        (lambda: DecodeState(sums, "0" * 64), "Pass its bundle"),
+        (lambda: DecodeState(sums | {"k": sums["k"] * np.nan}, *bound), "finite"),
+        (lambda: DecodeState(sums | {"k": sums["k"][:, :1]}, *bound), r"\[batch, 2, 16\]"),
+        (lambda: DecodeState({"kv": sums["kv"]}, *bound), r"k is \(\); expected"),
+        (lambda: DecodeState(sums, "0" * 64, (3, 5)), "Pass its bundle"),
     ]
     for make, words in broken:
         with pytest.raises(ArtefactError, match=words):
