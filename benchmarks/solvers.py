@@ -101,7 +101,7 @@ def draw(bundle: Bundle, size: Size, scale: float, pictures: int, table: Table) 
     at_once = max(1, BATCH_TOKENS // (size[0] * size[1]))
     for first in range(0, pictures, at_once):
         own = range(first, min(first + at_once, pictures))
-        weights = guidance([labels[i] for i in own], count, scale, np.zeros(len(table)))
+        weights = guidance([{(labels[i],): 1.0} for i in own], count, scale, np.zeros(len(table)))
         predict = bundle.diffuser.predictor(weights, size, table)
         x = sample(predict, NoiseStreams(SEED, own, shape).draw(), table)
         made.append(bundle.decode(np.asarray(x, np.float32), bundle.interface.image_size(size)))

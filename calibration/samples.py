@@ -30,7 +30,7 @@ from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.pipeline.tiler import Roles
 from runtime.sampling import solvers
-from runtime.sampling.guidance import Label
+from runtime.sampling.labels import Label
 from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr
 

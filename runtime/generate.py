@@ -1,7 +1,6 @@
 """Draw images from a bundle: python -m runtime.generate --label 7 --image 256x256."""
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from runtime.images.png import Rows
     from runtime.pipeline.bundle import Bundle
     from runtime.pipeline.diffuser import Progress
-    from runtime.sampling.guidance import Label
+    from runtime.sampling.labels import Label
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
@@ -43,30 +42,14 @@ DEFAULTS: dict[str, Any] = {
     "continue_from": None,
 }
 BEFORE = {"solver": "ddim", "spacing": "time", "guidance_interval": WHOLE}
-TERM = re.compile(r"(\d{1,6})(?:\*(\d*\.?\d+))?")
-
-
-def labels(text: str) -> "list[Label]":
-    """`7`, `1,3`, `0-9`, `none`, and mixtures with weights: `3+8` or `3*0.7+8*0.3`."""
-    found: list[Label] = []
-    for part in text.split(","):
-        terms = [TERM.fullmatch(term.strip()) for term in part.split("+")]
-        if part.strip() == "none":
-            found.append(None)
-        elif ("+" in part or "*" in part) and all(terms):
-            shares = [float(m[2]) if m and m[2] else 1 / len(terms) for m in terms]
-            numbers = [int(m[1]) for m in terms if m]
-            found.append(dict(zip(numbers, shares, strict=True)))
-        else:
-            found += cli.integers(part)
-    return found
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = cli.parser("runtime.generate", __doc__)
     add = p.add_argument
-    add("--label", type=labels, help="7 | 1,3 | 0-9 | none | 3*0.7+8*0.3 (default: every label)")
+    words = "names or numbers: 7 | cat,dog | 0-9 | 7:red (two parts of one) | 3+8 or 3*0.7+8*0.3"
+    add("--label", help=f"{words} (mixtures) | none (default: each, of the first part)")
     add("--count", type=cli.number(1, 10_000, int), help="images per label (1)")
     add("--latent", type=cli.size, help="HxW of the latent (the bundle's default)")
     add("--image", type=cli.size, help="HxW of the image (the training ratio of the latent)")
@@ -158,14 +141,29 @@ def _from_json(key: str, value: Any) -> Any:
     if key == "crop":
         return None if value is None else cli.crop(",".join(map(str, value)))
     if key == "label":
-        return [_label_from_json(label) for label in value]
+        return [label_from_json(label) for label in value]
     return type(DEFAULTS[key])(value)
 
 
-def _label_from_json(label: Any) -> "Label":
-    if isinstance(label, Mapping):
-        return {int(number): float(weight) for number, weight in label.items()}
+def label_from_json(label: Any) -> "Label":
+    """What `label_to_json` made."""
+    if isinstance(label, dict):
+        return {_numbers(key.split(":")): float(weight) for key, weight in label.items()}
+    if isinstance(label, list):
+        return _numbers(label)
     return None if label is None else int(label)
+
+
+def _numbers(each: list[Any]) -> int | tuple[int, ...]:
+    return int(each[0]) if len(each) == 1 else tuple(map(int, each))
+
+
+def label_to_json(label: "Label") -> Any:
+    """A label by numbers as metadata has it: `7`, `[7, 11]` of two parts, `{"7:11": 0.5}`."""
+    if not isinstance(label, Mapping):
+        return label
+    keys = (":".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in label)
+    return dict(zip(keys, label.values(), strict=True))
 
 
 def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
@@ -273,9 +271,15 @@ def checkpoint_of(bundle: "Bundle") -> str | None:
 
 
 def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
-    """Fill in what the bundle decides."""
+    """Fill in what the bundle decides, and the numbers of labels that are named."""
+    from runtime.sampling.labels import Labels
+
+    interface = bundle.interface
     if wanted["label"] is None:
-        wanted["label"] = [*range(len(bundle.interface.labels))] or [None]
+        wanted["label"] = [*interface.first_part] or [None]
+    elif isinstance(wanted["label"], str):
+        known = Labels(interface.labels, interface.parts)
+        wanted["label"] = known.listed(wanted["label"])
     wanted["latent"] = wanted["latent"] or bundle.interface.default_latent
     largest = wanted["continue_at"] or wanted["latent"]
     wanted["image"] = wanted["image"] or bundle.interface.image_size(largest)
@@ -339,7 +343,7 @@ def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
 def describe(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
     """A PNG's metadata: all that is needed to make it again."""
     return {
-        "request": wanted,
+        "request": wanted | {"label": [*map(label_to_json, wanted["label"])]},
         "model": bundle.interface.name,
         "checkpoint": checkpoint_of(bundle),
         "manifest": bundle.manifest.sha256,

@@ -137,7 +137,7 @@ class GraphDrawing:
 
         def draw(part: slice, on_step: Callable[[object], object]) -> Drawn:
             made = self.pipeline.generate(
-                labels[part].tolist(),
+                [*map(tuple, labels[part].view(part.stop - part.start, -1).tolist())],
                 latent,
                 on_step,
                 image=image or canvas(latent, IMAGE_SIDE),

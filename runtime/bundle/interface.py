@@ -1,6 +1,8 @@
 """What a bundle draws, as far as a request needs it: names, channels, legal sizes, the schedule."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
@@ -68,9 +70,11 @@ ScheduleData = CosineData  # a union of them: `runtime.sampling.schedule` knows 
 class Interface(Struct, frozen=True, forbid_unknown_fields=True):
     """What a program needs of a model. Sides are ranges of a height and a width alike.
 
-    `labels` has a name per condition, none where a model is unconditional. `pixels_per_latent`:
-    image pixels per latent cell along each side. `decoupled`: a resampler draws images of any
-    legal size from latents of any legal size, and back; else pixels are diffused.
+    `labels` has a name per condition, none where a model is unconditional; `parts` says how many
+    of them, in their order, belong to each part that a condition can have one label of. None given
+    is one part. `pixels_per_latent`: image pixels per latent cell along each side. `decoupled`: a
+    resampler draws images of any legal size from latents of any legal size, and back; else pixels
+    are diffused.
     """
 
     name: Text
@@ -83,8 +87,14 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
     image_sides: Range
     decoupled: bool
     trained: Trained | None = None
+    parts: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.parts and sum(self.parts) != len(self.labels):
+            raise ValueError(
+                f"parts are {list(self.parts)}; expected them to add up to the "
+                f"{len(self.labels)} labels"
+            )
         if any(side not in self.latent_sides for side in self.default_latent):
             raise ValueError(
                 f"default_latent is {list(self.default_latent)}; expected sides of "
@@ -96,6 +106,11 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
                 "decoupled is false, so that pixels are diffused; expected as many latent as "
                 "colour channels and 1 pixel per latent cell"
             )
+
+    @property
+    def first_part(self) -> range:
+        """The numbers of the labels of the first part: what is drawn where no label is given."""
+        return range(self.parts[0] if self.parts else len(self.labels))
 
     def image_size(self, latent: Size) -> Size:
         """The image size that a latent of this size was trained to decode to."""
@@ -135,6 +150,17 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
         return (
             f"{self.name} was trained on latents with sides of {low} to {high} and aspects up to "
             f"{most:g}; {size_name(latent)} is outside of that and may look worse"
+        )
+
+
+def check_size(name: str, size: Any) -> None:
+    """Raise UsageError where `size`, the argument `name`, is no (height, width) of an image."""
+    pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    whole = pair and all(isinstance(side, Integral) and 1 <= int(side) <= LARGEST for side in size)
+    if not whole:
+        raise UsageError(
+            f"{name} is {size!r}; expected (height, width) in whole numbers from 1 to {LARGEST}, "
+            "as in (16, 9)"
         )
 
 

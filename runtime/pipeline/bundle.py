@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.interface import Interface, Size
+from runtime.bundle.interface import Interface, Size, check_size
 from runtime.bundle.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
 from runtime.bundle.state import DecodeState
 from runtime.engines import EngineOptions, check_engine_kind
 from runtime.errors import ArtefactError, UsageError
-from runtime.pipeline.checks import check_request
+from runtime.pipeline.checks import check_images, check_pixels, check_request
 from runtime.pipeline.diffuser import Diffuser, OnStep
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.tiles import Crop, fill, window_of
 from runtime.pipeline.uncoded import Uncoded
-from runtime.sampling.guidance import Label
+from runtime.sampling.labels import Label
 from runtime.sampling.request import Request
 
 
@@ -52,6 +52,8 @@ def open_bundle(
     not whole, UsageError for a precision that it lacks, IncompatibleError for an engine that
     cannot run here.
     """
+    if not isinstance(engine, str | Path):
+        raise UsageError(f"engine is {engine!r}; expected a bundle's folder, or a file in it")
     path, options = Path(engine), options or EngineOptions()
     check_engine_kind(path)
     manifest = read_manifest(find_bundle(path), expect_sha256)
@@ -109,7 +111,8 @@ class Bundle:
         the run by returning True. Raises UsageError before any engine is opened, StoppedError,
         NumericalError naming the step.
         """
-        request = Request(labels, latent or self.interface.default_latent, **options)
+        own = self.interface.default_latent if latent is None else latent
+        request = Request(labels, own, **options)
         self.check(request)
         size = request.image or self.interface.image_size(request.largest)
         self.engines.open_all(self.resampler.drawing(size))
@@ -147,6 +150,8 @@ class Bundle:
 
         `memory`: the bytes that this process may hold. Raises UsageError, ResourceError.
         """
+        check_pixels(self.interface, pixels)
+        check_size("size", size)
         return self.resampler.encode(pixels, size, memory)
 
     def decode(
@@ -162,10 +167,13 @@ class Bundle:
         `crop` (top, left, height, width) draws that window of the images alone, `exact` takes the
         response ratios from every pixel and not from a sample. Raises UsageError, ResourceError.
         """
+        check_images("latent", latent, self.interface.latent_channels)
+        check_size("size", size)
         return self.resampler.decode(latent, size, crop, exact, memory)
 
     def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
         """What `render` needs of latents float32 `[B, C, H, W]`; it can be saved and loaded."""
+        check_images("latent", latent, self.interface.latent_channels)
         return self.resampler.state(latent, metadata)
 
     def render(
@@ -182,6 +190,7 @@ class Bundle:
         As `decode`; `bundle.resampler.draw` gives the same in bands, never holding the whole.
         Raises ArtefactError for a state of another bundle.
         """
+        check_size("size", size)
         bands = self.resampler.draw(state, size, crop, exact, memory, index)
         window = window_of(crop, size)
         pixels = np.empty((self.interface.color_channels, *window[2:]), np.float32)
@@ -195,6 +204,8 @@ class Bundle:
 
         `latent` defaults to the training ratio of the pixels' own size. Raises UsageError.
         """
+        check_size("size", size)
+        check_pixels(self.interface, pixels)
         self.check_resample(size)
         height, width = pixels.shape[2:]
         between = latent or self.interface.latent_size((height, width))
