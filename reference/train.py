@@ -339,6 +339,7 @@ def train(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "config": config,
         "labels": list(images.names),
+        "parts": list(images.parts),
     }
     path = out / "checkpoint.safetensors"
     checkpoint.save(path, models, provenance, getattr(torch, args.dtype))

@@ -198,7 +198,7 @@ def advice(found: dict[str, Any], manifest: "Manifest | None") -> list[str]:
 
 def label_option(manifest: "Manifest") -> str:
     """The option that draws the first few labels of a bundle, as text after an engine's name."""
-    count = min(len(manifest.interface.labels), 10)
+    count = min(len(manifest.interface.first_part), 10)
     return f" --label 0-{count - 1}" if count else ""
 
 

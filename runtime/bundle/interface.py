@@ -13,6 +13,7 @@ Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 # Letters of any script, without control characters.
 Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
 Size = tuple[int, int]  # height, width
+FAR = 1.25  # times what training saw
 
 
 class Range(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -55,6 +56,12 @@ class Trained(Struct, frozen=True, forbid_unknown_fields=True):
     shortest: Count
     longest: Count
     aspect: Annotated[float, Meta(ge=1, le=LARGEST)]
+
+    def includes(self, latent: Size, times: float = 1.0) -> bool:
+        """Whether `latent` is like what was seen, or within `times` of it in size and aspect."""
+        shorter, longer = sorted(latent)
+        within = self.shortest <= shorter * times and longer <= self.longest * times
+        return within and longer <= self.aspect * times * shorter
 
 
 class CosineData(Struct, frozen=True, tag_field="name", tag="cosine", forbid_unknown_fields=True):
@@ -140,16 +147,13 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name} diffuses pixels and has no resampler"
 
     def warning(self, latent: Size) -> str | None:
-        """What a user should know of a legal size: None where the model has seen its like."""
-        if self.trained is None:
+        """What a user should know of a legal size far outside of what the model has seen."""
+        if self.trained is None or self.trained.includes(latent, FAR):
             return None
         low, high, most = self.trained.shortest, self.trained.longest, self.trained.aspect
-        aspect = max(latent) / min(latent)
-        if low <= min(latent) and max(latent) <= high and aspect <= most:
-            return None
         return (
             f"{self.name} was trained on latents with sides of {low} to {high} and aspects up to "
-            f"{most:g}; {size_name(latent)} is outside of that and may look worse"
+            f"{most:g}; {size_name(latent)} is far outside of that and may look worse"
         )
 
 

@@ -1,4 +1,4 @@
-"""Labels by name, several parts in one condition, mixtures; wrong types told as wrong values are."""
+"""Labels by name, several parts in one condition, mixtures; wrong types are usage errors."""
 
 import json
 from pathlib import Path
