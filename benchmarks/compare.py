@@ -18,8 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks import report
 from benchmarks.contenders import (
     CONTENDERS,
@@ -34,6 +32,7 @@ from benchmarks.contenders import (
 from runtime import cli, doctor
 from runtime.bundle.interface import size_name
 from runtime.errors import IncompatibleError
+from runtime.progress import Bar
 
 SIZES = ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256))
 QUICK_SIZES = ((16, 16), (64, 64))
@@ -56,7 +55,7 @@ def compare(args: argparse.Namespace) -> None:
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as name, pool:
-        with tqdm(total=1, desc="export", unit="bundle") as bar:
+        with Bar(total=1, desc="export", unit="bundle") as bar:
             prepared = pool.submit(prepare, Path(name), args.config, sizes).result()
             bar.update()
         runs: report.Runs = {}
@@ -81,7 +80,7 @@ def run_all(
 ) -> dict[str, list[Any]]:
     """What each contender measured in its turns at one size."""
     found: dict[str, list[Any]] = {contender.name: [] for contender in turns}
-    with tqdm(total=len(turns), desc=size_name(size), unit="run") as bar:
+    with Bar(total=len(turns), desc=size_name(size), unit="run") as bar:
         for contender in turns:
             first = contender.engine == "torch.compile" and not found[contender.name]
             bar.set_postfix_str(contender.name + " (compiling: a minute)" * first)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime import cli
 from runtime.bundle.files import atomic_write
@@ -24,6 +23,7 @@ from runtime.bundle.manifest import DEFAULT_BUNDLE, Array
 from runtime.engines import EngineOptions
 from runtime.generate import checkpoint_of
 from runtime.pipeline.bundle import Bundle, open_bundle
+from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS
 from runtime.sampling.guidance import guidance
@@ -116,7 +116,7 @@ def measure(
     schedule = bundle.diffuser.schedule
     cases = [*product(args.sizes, args.guidance)]
     total = len(cases) * (args.reference + len(chosen) * sum(evaluations))
-    with tqdm(total=total, desc="solvers", unit="step") as bar:
+    with Bar(total=total, desc="solvers", unit="step") as bar:
         for size, scale in cases:
             given = (bundle, size, scale, args.pictures)
             wanted = draw(*given, reference(schedule, args.reference))

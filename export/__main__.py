@@ -9,7 +9,6 @@ import onnx
 import onnxruntime
 import torch
 from msgspec.structs import replace
-from tqdm import tqdm
 
 from export.families import family_of
 from export.graph_files import make_graph
@@ -22,6 +21,7 @@ from runtime import cli
 from runtime.bundle.files import staging
 from runtime.bundle.interface import Interface
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, Source
+from runtime.progress import Bar
 
 
 def export(args: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     # The largest graph takes longest: begun last, it would be waited for alone.
     ordered = sorted(graphs, key=lambda source: -len(list(source.module.modules())))
     made = {}
-    bar = tqdm(total=len(ordered), desc="export", unit="graph")
+    bar = Bar(total=len(ordered), desc="export", unit="graph")
     work = partial(make_graph, folder=folder, interface=interface)
     for source, specs in in_processes(work, ordered):
         made[source.name] = specs

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from reference import checkpoint
 from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
@@ -35,6 +34,7 @@ from reference.optimizers import Optimizers
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
 from runtime.errors import NumericalError, UsageError
+from runtime.progress import Bar
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = ("r2ir", "r2id")
@@ -148,7 +148,7 @@ class Run:
         if step < self.steps:
             start = time.monotonic() - seconds
             loss_of = torch.compile(task.loss) if self.speed.compile else task.loss
-            bar = tqdm(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
+            bar = Bar(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
             model.train()
             while step < self.steps:
                 inputs = task.inputs(self._batch(step))
@@ -366,12 +366,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")
     parser.add_argument("--out", type=Path, required=True, help="folder of states and checkpoint")
     parser.add_argument("--init", type=Path, help="checkpoint whose weights to start from")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="what PyTorch trains on")
     parser.add_argument("--compile", action=optional, help="torch.compile (default: on CUDA)")
     parser.add_argument("--bf16", action=optional, help="bfloat16 autocast (default: on CUDA)")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    of = "of the checkpoint's tensors; float16 halves it"
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float32", help=of)
+    kept = "steps between saved states, from which training goes on"
     every = cli.number(1, 1_000_000, int)
-    parser.add_argument("--save-every", type=every, default=500, metavar="STEPS")
+    parser.add_argument("--save-every", type=every, default=500, metavar="STEPS", help=kept)
     cli.run(train, parser)
 
 

@@ -1,7 +1,7 @@
 """Draw images from a bundle: python -m runtime.generate --label 7 --image 256x256."""
 
 import argparse
-import sys
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import cli
 from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
+from runtime.outputs import output_paths
 from runtime.render import Drawing
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
+log = logging.getLogger("runtime")
 PREVIEW_SIDE, PREVIEW_STEPS = 8, 6  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
@@ -52,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--label", help=f"{words} (mixtures) | none (default: each, of the first part)")
     add("--count", type=cli.number(1, 10_000, int), help="images per label (1)")
     add("--latent", type=cli.size, help="HxW of the latent (the bundle's default)")
-    add("--image", type=cli.size, help="HxW of the image (the training ratio of the latent)")
+    cli.add_image(p, "HxW of the image (the training ratio of the latent)")
     add("--solver", choices=tuple(SOLVERS), help=f"how steps are made ({SOLVER})")
     steps = ", ".join(f"{name}: {own.steps}" for name, own in SOLVERS.items())
     add("--steps", type=cli.number(1, 10_000, int), help=f"evaluations of the model ({steps})")
@@ -72,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps with {PREVIEW_SIDE} cells a side"
     add("--preview", action="store_true", help=few)
     add("--state", type=Path, help="also keep what runtime.render draws from, as NAME.npz")
-    add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
+    out = "one PNG of all, or one each, named as in 'digit-{index:03}-{label}-{seed}.png'"
+    add("--out", type=Path, default=Path("out.png"), help=out)
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
     add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
     cli.add_drawing_options(p)
@@ -166,18 +169,6 @@ def label_to_json(label: "Label") -> Any:
     return dict(zip(keys, label.values(), strict=True))
 
 
-def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
-    """One file for a sheet, or one per image where the name holds `{index}`; checked."""
-    if "{index}" not in out.name:
-        paths = [out]
-    else:
-        indices = range(first_index, first_index + count)
-        paths = [out.with_name(out.name.replace("{index}", str(i))) for i in indices]
-    for path in paths:
-        check_writable(cli.png_name(path))
-    return paths
-
-
 def generate(args: argparse.Namespace) -> None:
     """Check the request and the output, then draw batch after batch."""
     from runtime.sampling.request import Request
@@ -198,11 +189,12 @@ def generate(args: argparse.Namespace) -> None:
     drawings = [
         Drawing(bundle, own["image"], own["crop"], own["exact"], args.memory) for own, _ in runs
     ]
-    paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
+    names = bundle.interface.labels
+    paths = [output_paths(out, own, each, names) for own, out in runs]
     if args.state is not None:
         check_state(args.state)
     if (warning := bundle.interface.warning(wanted["continue_at"] or wanted["latent"])) is not None:
-        print(f"note: {warning}", file=sys.stderr)
+        log.warning(warning)
     for drawing in drawings:
         drawing.check()
     for (own, _), drawing, files in zip(runs, drawings, paths, strict=True):
@@ -302,14 +294,14 @@ def draw(
     Returns the latents, float32 `[N, C, H, W]`.
     """
     import numpy as np
-    from tqdm import tqdm
 
+    from runtime.progress import Bar
     from runtime.sampling.request import Request
 
     bundle = drawing.bundle
     latents: list[Any] = []  # [1, C, H, W] of each image
     total = -(-len(each) // batch) * wanted["steps"]
-    with tqdm(total=total, desc="generate", unit="step") as bar:
+    with Bar(total=total, desc="generate", unit="step") as bar:
 
         def on_step(progress: "Progress") -> bool:
             bar.update()

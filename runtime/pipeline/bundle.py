@@ -202,14 +202,23 @@ class Bundle:
     ) -> NDArray[np.float32]:
         """Pixels float32 `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.
 
-        `latent` defaults to the training ratio of the pixels' own size. Raises UsageError.
+        `latent` defaults to `latent_between`. Raises UsageError.
         """
         check_size("size", size)
         check_pixels(self.interface, pixels)
         self.check_resample(size)
         height, width = pixels.shape[2:]
-        between = latent or self.interface.latent_size((height, width))
+        between = latent or self.latent_between((height, width), size)
         return self.decode(self.encode(pixels, between), size)
+
+    def latent_between(self, image: Size, size: Size, memory: int | None = None) -> Size:
+        """The latent that an image goes through on its way to `size`, if none is asked for.
+
+        The training ratio of the image's own size, or less where the result is smaller or where
+        the memory that encoding takes ends, the default one's too.
+        """
+        assert isinstance(self.resampler, Resampler)  # check_resample has said so
+        return self.resampler.latent_between(image, size, memory)
 
     def check_resample(self, size: Size) -> None:
         """Raise UsageError where no image can be resampled to `size`."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import ArtefactError
-from runtime.images.pixels import ImageFile
+from runtime.images.picture import ImageFile
 from runtime.images.png import PngWriter, filtered, open_rows, read_text, unfilter
 
 NAME = Path("name.png")
