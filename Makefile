@@ -13,7 +13,7 @@ EXTRAS_runtime := cpu,openvino,test
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench test lint lock clean
+.PHONY: help generate export plans calibrate train evaluate bench dist test lint lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -83,6 +83,9 @@ evaluate: .venv/.full build/mnist/manifest.json ## what a checkpoint is worth: e
 bench: .venv/.full ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
 	$(BIN)/python -m benchmarks.compare
 
+dist: build/mnist/manifest.json ## the runtime alone with the shipped bundle inside, as a wheel in dist/
+	$(BIN)/python -m export.wheel build/mnist --out dist
+
 lint: .venv/.full ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -106,4 +109,4 @@ lock: ## the newest versions of all packages into locks/, if every test passes w
 	$(MAKE) test && cp locks/*.txt $(CURDIR)/locks/
 
 clean: ## remove what make has made, training runs aside
-	rm -rf build .venv .venv-runtime *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist .venv .venv-runtime *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -142,7 +142,7 @@ def choice_file(precision: str) -> str:
 
 def read_choices(path: Path, manifest: Manifest) -> Choices:
     """Read a choice file; raises ArtefactError where it is none or of another bundle."""
-    remedy = "Make it again with: make calibrate"
+    remedy = "Make it again with: python -m calibration"
     data = read_bytes(path, "a choice of layers", remedy)
     try:
         choices = msgspec.json.decode(data, type=Choices)

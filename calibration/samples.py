@@ -293,7 +293,7 @@ def save(path: Path, key: Mapping[str, Any], samples: Iterable[Sample]) -> None:
 
 def load(path: Path, manifest: Manifest) -> list[Sample]:
     """Read samples; raises ArtefactError where they are none, of another bundle, or not finite."""
-    again = "Delete it and make it again with: make calibrate"
+    again = "Delete it and make it again with: python -m calibration"
     try:
         with np.load(path, allow_pickle=False) as file:
             index = json.loads(file["index"].tobytes())

@@ -160,7 +160,7 @@ class PlanBuilder:
             said = [f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors]
             raise ArtefactError(
                 f"{job.spec.file}: {self.flavour} {self.trt.__version__} cannot read it: "
-                f"{'; '.join(said) or self._said()}. Make the bundle again with: make export"
+                f"{'; '.join(said) or self._said()}. Make the bundle again with: python -m export"
             )
         config = self._config(builder, interface, job)
         data = builder.build_serialized_network(network, config)

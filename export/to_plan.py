@@ -108,7 +108,8 @@ def default_flavour() -> str:
     if not found:
         raise IncompatibleError(
             "no TensorRT is installed here; expected one to build plans with. Install it with: "
-            "python -m pip install '.[tensorrt-rtx]' (GeForce and RTX cards) or '.[tensorrt]'"
+            f"{FLAVOURS['tensorrt_rtx'].install} (GeForce and RTX cards), or "
+            f"{FLAVOURS['tensorrt'].install}"
         )
     return found[-1]
 

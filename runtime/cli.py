@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
 DEFAULT_ENGINE = Path("r2id.onnx")  # looked for here, then in build/mnist
+DISTRIBUTIONS = ("r2-edge-runtime", "r2-edge-toolkit")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
@@ -61,6 +62,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"{self.prog}: error: {message}. Help: {self.prog} -h\n")
 
 
+class _Version(argparse.Action):
+    """--version: what is installed, looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version())
+        parser.exit()
+
+
+def version() -> str:
+    """The name and version of the installation that this runtime is of."""
+    from importlib import metadata
+
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return f"{name} {metadata.version(name)}"
+    return f"{DISTRIBUTIONS[0]}, not installed"
+
+
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m name`."""
     return Parser(prog=f"python -m {name}", description=description, formatter_class=_Help)
@@ -68,6 +87,7 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> NoReturn:
     """Parse, run `main` and exit: errors as one line with their code, a traceback by --debug."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="what is installed here")
     parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()

@@ -120,7 +120,7 @@ def test_a_sheet_of_several_parts_by_default_and_again(
         (lambda b: b.generate([True]), "label True is a bool"),
         (lambda b: b.generate([{1: "much"}]), "has the weight 'much'"),
         (lambda b: b.generate([1], latent=8), "latent is 8; expected (height, width)"),
-        (lambda b: b.generate([1], latent=(8, 0)), "latent is (8, 0)"),
+        (lambda b: b.generate([1], latent=(8, 0)), "latent 8x0: expected sides of"),
         (lambda b: b.generate([1], image="64x64"), "image is '64x64'; expected (height, width)"),
         (lambda b: b.generate([1], steps=2.5), "steps is 2.5; expected a whole number"),
         (lambda b: b.generate([1], seed="1"), "seed is '1'; expected a whole number"),

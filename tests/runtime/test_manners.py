@@ -153,3 +153,27 @@ def test_the_formatter_keeps_what_help_says_of_a_default() -> None:
     parser.add_argument("--two", default=6, help="without")
     text = parser.format_help()
     assert "(five)" in text and "(5)" not in text and "without (6)" in text
+
+
+def test_the_commands_are_listed_and_begun_from_one(command: Command) -> None:
+    listed = command("runtime")
+    assert listed.returncode == 0
+    assert all(f"python -m runtime {name} " in listed.stdout for name in COMMANDS)
+    assert command("runtime", "--version").stdout == command("runtime.doctor", "--version").stdout
+    wrong = command("runtime", "genrate")
+    assert wrong.returncode == 2 and "the nearest is generate" in wrong.stderr
+    assert command("runtime", "generate", "--help").stdout.startswith("usage: python -m runtime.g")
+
+
+def test_without_a_bundle_it_says_where_it_looked(command: Command, tmp_path: Path) -> None:
+    done = command("runtime.generate")
+    assert done.returncode == 3 and "make " not in done.stderr.replace("make one", "")
+    for words in (str(tmp_path), "build/mnist", "shipped", "--engine FOLDER"):
+        assert words in done.stderr
+
+
+def test_no_message_of_the_runtime_sends_to_make() -> None:
+    root = Path(cli.__file__).parent
+    for path in root.rglob("*.py"):
+        text = path.read_text()
+        assert ": make " not in text and "`make" not in text and "'.[" not in text, path
