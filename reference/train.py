@@ -34,7 +34,7 @@ from reference.optimizers import Optimizers
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
 from runtime.errors import NumericalError, UsageError
-from runtime.progress import Bar
+from runtime.progress import Bar, log
 
 CONFIGS = Path(__file__).parent / "configs"
 DATASETS = ("mnist", "painted-mnist", "folder")
@@ -152,23 +152,34 @@ class Run:
             loss_of = torch.compile(task.loss) if self.speed.compile else task.loss
             bar = Bar(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
             model.train()
-            while step < self.steps:
-                inputs = task.inputs(self._batch(step))
-                if self.speed.compile:
-                    for index in task.token_inputs:
-                        torch._dynamo.mark_dynamic(inputs[index], 1)
-                loss = self._step(model, loss_of, inputs, optimizer, step)
-                step += 1
-                decay = task.average_decay(self.config, step)
-                current = list(model.state_dict().values())
-                get_ema_multi_avg_fn(decay)(list(average.values()), current, step)
-                rows.append((step, loss))
-                bar.update()
-                if step % 20 == 0:
-                    bar.set_postfix(loss=f"{sum(r[1] for r in rows[-100:]) / len(rows[-100:]):.4f}")
-                if step % self.speed.save_every == 0 or step == self.steps:
-                    seconds = time.monotonic() - start
-                    self._save(model, average, optimizer, (step, seconds, rows))
+            with cli.patient():
+                while step < self.steps:
+                    inputs = task.inputs(self._batch(step))
+                    if self.speed.compile:
+                        for index in task.token_inputs:
+                            torch._dynamo.mark_dynamic(inputs[index], 1)
+                    loss = self._step(model, loss_of, inputs, optimizer, step)
+                    step += 1
+                    decay = task.average_decay(self.config, step)
+                    current = list(model.state_dict().values())
+                    get_ema_multi_avg_fn(decay)(list(average.values()), current, step)
+                    rows.append((step, loss))
+                    bar.update()
+                    if step % 20 == 0:
+                        last = [value for _, value in rows[-100:]]
+                        bar.set_postfix(loss=f"{sum(last) / len(last):.4f}")
+                    stop = step == self.steps or cli.signalled()
+                    if stop or step % self.speed.save_every == 0:
+                        seconds = time.monotonic() - start
+                        self._save(model, average, optimizer, (step, seconds, rows))
+                    if stop:
+                        break
+                if step < self.steps:
+                    bar.close()
+                    log.warning(
+                        "%s: step %d of %d is in %s; the same command goes on from there",
+                        *(self.name, step, self.steps, self.state_path),
+                    )
             bar.close()
         model.load_state_dict(average)
         model.eval()
@@ -366,7 +377,24 @@ def load_images(config: dict[str, Any], models: Models, folder: Path) -> Images:
         return load_mnist(folder).cropped(config["image"])
     if config["dataset"] == "painted-mnist":
         return load_painted_mnist(folder).cropped(config["image"])
-    return load_folder(folder, models.config.channels, config["image"], models.config.labels)
+    images = load_folder(folder, models.config.channels, config["image"], models.config.labels)
+    say_labels(folder, images, models.config.labels)
+    return images
+
+
+def say_labels(folder: Path, images: Images, labels: int) -> None:
+    """Say what a folder leaves of a configuration's labels without an image."""
+    counts = torch.bincount(images.labels, minlength=len(images.names)).tolist()
+    empty = [name for name, count in zip(images.names, counts, strict=True) if not count]
+    if labels > 1 and not any(path.is_dir() for path in folder.iterdir()):
+        log.warning("%s: has no sub-folders, so that every image has the one label image", folder)
+    if len(images.names) < labels or empty:
+        log.warning(
+            "%s: fills %d of %d labels%s; the others draw nothing in particular. Set labels in "
+            "[model.condition], or add folders",
+            *(folder, len(images.names) - len(empty), labels),
+            f" (no image in {', '.join(empty)})" if empty else "",
+        )
 
 
 def main() -> None:
