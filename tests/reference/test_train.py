@@ -182,20 +182,17 @@ def test_an_interrupt_saves_where_it_stands_and_says_so(
     config.write_text(text.replace(f"steps = {STEPS}", "steps = 100000", 1))
     line = [sys.executable, "-m", "reference.train", "--config", str(config)]
     line += ["--data", str(colour_training / "data"), "--out", str(tmp_path), "--device", "cpu"]
-    line += ["--save-every", "100000"]
+    line += ["--save-every", "3"]
     process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for said in process.stderr:  # what the folder leaves empty is said before the first step
-        if "fills 2 of 10 labels" in said:
-            break
-    time.sleep(4)
+    while not (tmp_path / "r2ir.state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == 130 and "the same command goes on from there" in rest
-    assert "Traceback" not in rest
+    assert "Traceback" not in rest and "fills 2 of 10 labels" in rest
     step = int(rest.split("r2ir: step ")[1].split(" of")[0])
     rows = (tmp_path / "r2ir.csv").read_text().splitlines()
-    assert step == len(rows) - 1 and (tmp_path / "r2ir.state.safetensors").is_file()
+    assert step == len(rows) - 1 >= 3
 
 
 @pytest.mark.parametrize(
