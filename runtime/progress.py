@@ -26,7 +26,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         self.what, self.unit = options.get("desc", "work"), options.get("unit", "it")
         self.n = options.get("initial", 0)
         self.first: tuple[float, float] | None = None  # seconds and count at the first update
-        self.said = time.monotonic()
+        self.begun = self.said = time.monotonic()
         self.long_said = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -36,6 +36,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         for item in self.iterable:
             yield item
             self.update()
+        self.close()
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
@@ -44,6 +45,13 @@ class Bar(tqdm):  # type: ignore[type-arg]
         if not Bar.quiet:
             self._tell()
         return shown
+
+    def close(self) -> None:
+        """End the bar; where there is no terminal, say in a line what was done in what time."""
+        super().close()
+        if self.plain and self.leave and not Bar.quiet:
+            self.leave = False  # said once
+            self._print(f"{duration(time.monotonic() - self.begun)} spent")
 
     def _tell(self) -> None:
         now = time.monotonic()
@@ -59,8 +67,12 @@ class Bar(tqdm):  # type: ignore[type-arg]
             log.warning("%s will take about %s; Ctrl-C stops it", self.what, duration(left))
         if self.plain and now - self.said >= EVERY:
             self.said = now
-            where = f"{self.n:.0f} of {self.total:.0f} {self.unit}"
-            print(f"{self.what}: {where}, {duration(left)} left", file=sys.stderr, flush=True)
+            self._print(f"{duration(left)} left")
+
+    def _print(self, rest: str) -> None:
+        of = f" of {self.total:.0f}" if self.total else ""
+        line = f"{self.what}: {self.n:.0f}{of} {self.unit}, {rest}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

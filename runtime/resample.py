@@ -69,7 +69,7 @@ def encoded(
     if (warning := bundle.interface.warning(size)) is not None:
         log.warning(warning)
     pixels = image.size[0] * image.size[1]
-    with Bar(total=pixels, desc="read", unit="pixel", unit_scale=True, delay=1) as bar:
+    with Bar(total=pixels, desc="read", unit="pixel", unit_scale=True, leave=False) as bar:
 
         def read(top: int, left: int, height: int, width: int) -> Any:
             bar.update(height * width)
