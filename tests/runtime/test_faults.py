@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,7 @@ def test_a_signal_ends_with_130_and_no_half_file(
     line = [sys.executable, "-m", "runtime.generate", "--engine", tiny_bundle, "--out", out]
     line += ["--count", "2000", "--batch", "1", "--steps", "20", "--threads", "1"]
     reader, terminal = os.openpty()  # which bars are drawn on
+    termios.tcsetwinsize(terminal, (24, 100))
     with subprocess.Popen(
         list(map(str, line)),
         cwd=tmp_path,
