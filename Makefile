@@ -15,7 +15,7 @@ GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench gpu test lint lock clean
+.PHONY: help generate export plans calibrate train evaluate bench gpu dist test lint lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -100,6 +100,9 @@ gpu: ## all that a GPU can settle, in 8 minutes: tests, then steps beside PyTorc
 		$$python -m tests.tiny build/tiny || echo "== no build/tiny: its tests are skipped"; \
 	$$python -m benchmarks.gpu
 
+dist: build/mnist/manifest.json ## the runtime alone with the shipped bundle inside, as a wheel in dist/
+	$(BIN)/python -m export.wheel build/mnist --out dist
+
 lint: .venv/.full ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -123,4 +126,4 @@ lock: ## the newest versions of all packages into locks/, if every test passes w
 	$(MAKE) test && cp locks/*.txt $(CURDIR)/locks/
 
 clean: ## remove what make has made, training runs aside
-	rm -rf build .venv .venv-runtime .venv-gpu *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist .venv .venv-runtime .venv-gpu *.egg-info .mypy_cache .ruff_cache .pytest_cache

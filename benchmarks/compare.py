@@ -18,14 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks import apart, report
 from benchmarks.contenders import CONTENDERS, GEMMS, Contender, Prepared, Size, add_options, prepare
 from benchmarks.steps import measure_all
 from runtime import cli, doctor
 from runtime.bundle.interface import size_name
 from runtime.errors import IncompatibleError
+from runtime.progress import Bar
 
 SIZES = ((16, 16), (32, 32), (64, 64), (128, 128), (256, 256))
 QUICK_SIZES = ((16, 16), (64, 64))
@@ -76,7 +75,7 @@ def prepared_apart(
     Raises RuntimeError where it fails or takes longer than `seconds`.
     """
     forms = {c.graph for c in contenders if c.graph.startswith("r2id.")} - {"r2id.cpu"}
-    with tqdm(total=1, desc="export", unit="bundle") as bar:
+    with Bar(total=1, desc="export", unit="bundle") as bar:
         given = folder, config, sizes, sorted(forms)
         prepared, *_ = apart.items(prepare_one, *given, seconds=seconds)
         bar.update()
@@ -112,7 +111,7 @@ def run_turns(
     runs: report.Runs = {size: {} for _, sizes in turns for size in sizes}
     failed: list[report.Failed] = []
     end = None if budget is None else time.monotonic() + budget
-    with tqdm(total=sum(len(sizes) for _, sizes in turns), unit="run") as bar:
+    with Bar(total=sum(len(sizes) for _, sizes in turns), unit="run") as bar:
         for number, (contender, sizes) in enumerate(turns):
             bar.set_postfix_str(f"{contender.name}, {' '.join(map(size_name, sizes))}")
             share = None if end is None else share_of(end - time.monotonic(), len(turns) - number)

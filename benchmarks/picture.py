@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from benchmarks.compare import about
 from benchmarks.decode import export_published, published
@@ -38,6 +37,7 @@ from runtime.bundle.manifest import DEFAULT_BUNDLE
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.images.pixels import save_png, save_rows, to_uint8
+from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER
 from runtime.sampling.request import Request
@@ -219,7 +219,7 @@ def measure(args: argparse.Namespace, bundles: dict[str, Path], png: Path) -> li
         turns = [name for _ in range(args.rounds) for name in works]
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in works}
         where = f"{model} {size_name(case[0])} -> {size_name(case[1])}"
-        for name in tqdm(turns, desc=where, unit="run"):
+        for name in Bar(turns, desc=where, unit="run"):
             taken[name].append(works[name][1]())
         for name, runs in taken.items():
             count, quality = fewest[works[name][0]]

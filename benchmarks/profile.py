@@ -15,13 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from benchmarks.contenders import Prepared, Size, add_options, prepare
 from runtime import cli
 from runtime.bundle.files import atomic_write
 from runtime.bundle.interface import size_name
 from runtime.engines.onnxruntime import load_library
+from runtime.progress import Bar
 
 SIZES = [(16, 16), (128, 128)]
 FORMS = {"fp32, chunks": "r2id.cpu", "int8": "r2id.int8"}
@@ -86,7 +85,7 @@ def profile(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name, pool:
         prepared = pool.submit(prepare, Path(name), args.config, args.sizes).result()
         turns = [(size, form) for size in args.sizes for form in FORMS]
-        for size, form in tqdm(turns * (args.rounds or 3), desc="profile", unit="run"):
+        for size, form in Bar(turns * (args.rounds or 3), desc="profile", unit="run"):
             given = prepared, FORMS[form], size, args.threads, Path(name)
             own = pool.submit(node_times, *given).result()
             known = found[size_name(size)].get(form, own)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.contenders import (
     Contender,
@@ -44,6 +43,7 @@ from runtime import cli
 from runtime.bundle.files import atomic_write
 from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import Array, TensorSpec, relative_error
+from runtime.progress import Bar
 
 SIZES = [(16, 16), (64, 64)]
 WHOLE = "the step graph"
@@ -209,7 +209,7 @@ def timed(
     seconds: dict[str, list[float]] = {name: [] for name in files}
     eps: Array | None = None
     turns = [*files.items()] * (args.rounds or 3)
-    for name, kind in tqdm(turns, desc=size_name(size), unit="run"):
+    for name, kind in Bar(turns, desc=size_name(size), unit="run"):
         contender = Contender(name, "cpu", kind)
         found = pool.submit(measure, prepared, contender, size, args.threads, SECONDS).result()
         seconds[name] += found.seconds

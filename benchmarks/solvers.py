@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime import cli
 from runtime.bundle.files import atomic_write
@@ -24,6 +23,7 @@ from runtime.bundle.manifest import DEFAULT_BUNDLE, Array
 from runtime.engines import EngineOptions
 from runtime.generate import checkpoint_of
 from runtime.pipeline.bundle import Bundle, open_bundle
+from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS
 from runtime.sampling.guidance import guidance
@@ -101,7 +101,7 @@ def draw(bundle: Bundle, size: Size, scale: float, pictures: int, table: Table) 
     at_once = max(1, BATCH_TOKENS // (size[0] * size[1]))
     for first in range(0, pictures, at_once):
         own = range(first, min(first + at_once, pictures))
-        weights = guidance([labels[i] for i in own], count, scale, np.zeros(len(table)))
+        weights = guidance([{(labels[i],): 1.0} for i in own], count, scale, np.zeros(len(table)))
         predict = bundle.diffuser.predictor(weights, size, table)
         x = sample(predict, NoiseStreams(SEED, own, shape).draw(), table)
         made.append(bundle.decode(np.asarray(x, np.float32), bundle.interface.image_size(size)))
@@ -116,7 +116,7 @@ def measure(
     schedule = bundle.diffuser.schedule
     cases = [*product(args.sizes, args.guidance)]
     total = len(cases) * (args.reference + len(chosen) * sum(evaluations))
-    with tqdm(total=total, desc="solvers", unit="step") as bar:
+    with Bar(total=total, desc="solvers", unit="step") as bar:
         for size, scale in cases:
             given = (bundle, size, scale, args.pictures)
             wanted = draw(*given, reference(schedule, args.reference))

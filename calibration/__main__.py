@@ -7,8 +7,6 @@ by measured error, and each graph is checked at every size. The report is `calib
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from calibration.choices import (
     BUDGETS,
     PERCENTILES,
@@ -34,6 +32,7 @@ from runtime import cli
 from runtime.bundle.files import staging
 from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest, find_bundle, read_manifest
 from runtime.errors import UsageError
+from runtime.progress import Bar
 
 
 def calibrate(args: argparse.Namespace) -> None:
@@ -83,7 +82,7 @@ def make_variant(
     replay = (args.choice, given) if given else None
     fp32 = Samples(manifest)
     specs, choices = {}, {}
-    with tqdm(heavy(manifest), desc=precision, unit="graph") as bar:
+    with Bar(heavy(manifest), desc=precision, unit="graph") as bar:
         for name in bar:
             bar.set_postfix_str(name)
             budget = step if name == manifest.step_graph else resampler

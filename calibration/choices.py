@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from msgspec import Struct
 from onnx import ModelProto
-from tqdm import tqdm
 
 from calibration.quantize import FORMS, Form, Layer, layers, quantized, token_ranges
 from calibration.samples import Arrays, Sample, Samples, fingerprint, heavy
@@ -23,6 +22,7 @@ from runtime.bundle.manifest import GraphSpec, Manifest, Parity, relative_error
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import ArtefactError
+from runtime.progress import Bar
 
 CHOICE_FORMAT = 2
 # Of the tokens' magnitudes, tried for each graph; 100 is MinMax.
@@ -96,7 +96,7 @@ def choose(
     errors = {p: probe.error(quantized(model, [*own.values()], form, r)) for p, r in found.items()}
     percentile = min(errors, key=lambda p: errors[p])
     ranges = found[percentile]
-    bar = tqdm(own.values(), desc=f"layers of {probe.spec.file}", unit="layer", leave=False)
+    bar = Bar(own.values(), desc=f"layers of {probe.spec.file}", unit="layer", leave=False)
     alone = {
         layer.weight: float(f"{probe.error(quantized(model, [layer], form, ranges)):.2e}")
         for layer in bar
@@ -142,7 +142,7 @@ def choice_file(precision: str) -> str:
 
 def read_choices(path: Path, manifest: Manifest) -> Choices:
     """Read a choice file; raises ArtefactError where it is none or of another bundle."""
-    remedy = "Make it again with: make calibrate"
+    remedy = "Make it again with: python -m calibration"
     data = read_bytes(path, "a choice of layers", remedy)
     try:
         choices = msgspec.json.decode(data, type=Choices)

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from tqdm import tqdm
 
 from runtime.bundle.interface import Size, size_name
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
+from runtime.progress import Bar
 
 CLASSIFIER_SIDE = 32
 TOKENS_AT_ONCE = 5120  # of a batch: 20 digits at 16×16
@@ -78,7 +78,7 @@ def digits_read(
     at_once = max(1, TOKENS_AT_ONCE // (size[0] * size[1]))
     desc = f"digits {bundle.options.precision} {size_name(size)}"
     right = 0
-    for first in tqdm(range(0, count, at_once), desc=desc, unit="batch"):
+    for first in Bar(range(0, count, at_once), desc=desc, unit="batch"):
         labels = [i % 10 for i in range(first, min(first + at_once, count))]
         made = bundle.generate(
             labels,

@@ -28,7 +28,6 @@ import numpy as np
 import onnx
 from msgspec.structs import replace
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from tqdm import tqdm
 
 from calibration.samples import Arrays, Samples, heavy
 from runtime import cli
@@ -46,6 +45,7 @@ from runtime.bundle.manifest import (
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.errors import ArtefactError
+from runtime.progress import Bar
 
 HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # Largest relative_error of a graph: 64 unit roundoffs, of 2^-11 and 2^-8. It is the largest error
@@ -313,7 +313,7 @@ def make_variants(
     fp32 = {name: manifest.graph(name) for name in heavy(manifest)}
     total = sum(len([*cases(spec, large)]) for spec in fp32.values())
     samples = Samples(manifest)
-    with tqdm(total=total, desc="half", unit="check") as bar:
+    with Bar(total=total, desc="half", unit="check") as bar:
         for name, spec in fp32.items():
             model = onnx.load_model_from_string(manifest.file_bytes(spec))
             engines = {}

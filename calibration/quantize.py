@@ -26,12 +26,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-from tqdm import tqdm
 
 from calibration.half import half_tensors, is_selection, moving_axes, with_graph
 from calibration.samples import Sample
 from runtime.bundle.manifest import Array, GraphSpec
 from runtime.engines.onnxruntime import load_library
+from runtime.progress import Bar
 
 SMALLEST = 256  # numbers in a weight: below, storing it in 8 bits saves nothing
 FP8_LARGEST = 448.0  # of E4M3
@@ -99,7 +99,7 @@ def token_ranges(
         probed.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     ranges = {percentile: dict.fromkeys(names, 0.0) for percentile in percentiles}
-    for sample in tqdm(samples, desc=f"ranges of {samples[0].graph}", unit="run", leave=False):
+    for sample in Bar(samples, desc=f"ranges of {samples[0].graph}", unit="run", leave=False):
         for name, value in zip(names, session.run(names, sample.inputs), strict=True):
             tops = np.percentile(np.abs(value), percentiles)
             for own, top in zip(ranges.values(), tops, strict=True):

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from tqdm import tqdm
 
 from calibration.choices import choice_file, read_choices, rms_error
 from calibration.digits import classifier, digits_read
@@ -35,6 +34,7 @@ from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import Progress
+from runtime.progress import Bar
 from runtime.sampling.request import Request
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
@@ -127,7 +127,7 @@ def quality(
     found: dict[str, dict[str, Any]] = {}
     pipelines = {p: Judged(manifest, p) for p in ("fp32", *precisions)}
     total = (1 + 2 * len(precisions)) * steps
-    with tqdm(total=total, desc=f"quality {size_name(size)}", unit="step") as bar:
+    with Bar(total=total, desc=f"quality {size_name(size)}", unit="step") as bar:
         fp32 = pipelines["fp32"].trajectory(size, steps, bar)
         rows = [fp32.images]
         for precision in precisions:

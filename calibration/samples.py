@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from calibration.recorder import Recorder
 from runtime.bundle.interface import Size, size_name
@@ -29,8 +28,9 @@ from runtime.errors import ArtefactError, UsageError
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.pipeline.tiler import Roles
+from runtime.progress import Bar
 from runtime.sampling import solvers
-from runtime.sampling.guidance import Label
+from runtime.sampling.labels import Label
 from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr
 
@@ -212,7 +212,7 @@ def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Ite
     if pictures is None or pictures.shape[1] != manifest.interface.color_channels:
         own: list[Label] = [i % labels for i in range(count)]
         pictures = bundle.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
-    bar = tqdm(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
+    bar = Bar(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
     with bar:
         for number, size in enumerate(settings.sizes):
             bar.set_postfix_str(size_name(size))
@@ -293,7 +293,7 @@ def save(path: Path, key: Mapping[str, Any], samples: Iterable[Sample]) -> None:
 
 def load(path: Path, manifest: Manifest) -> list[Sample]:
     """Read samples; raises ArtefactError where they are none, of another bundle, or not finite."""
-    again = "Delete it and make it again with: make calibrate"
+    again = "Delete it and make it again with: python -m calibration"
     try:
         with np.load(path, allow_pickle=False) as file:
             index = json.loads(file["index"].tobytes())

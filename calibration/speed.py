@@ -9,13 +9,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from runtime.bundle.interface import Size, size_name
 from runtime.engines import EngineOptions
 from runtime.errors import ToolkitError
 from runtime.memory import peak_resident
 from runtime.pipeline.bundle import open_bundle
+from runtime.progress import Bar
 from runtime.sampling.request import Request
 
 SECONDS = 1.5  # how long a step is timed in one round
@@ -63,7 +62,7 @@ def speed(
     seconds: dict[tuple[str, Size, str], list[float]] = {turn: [] for turn in turns}
     found: dict[str, dict[str, Any]] = {e: {size_name(s): {} for s in sizes} for e in engines}
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for turn in tqdm(turns * ROUNDS, desc="speed", unit="run"):
+        for turn in Bar(turns * ROUNDS, desc="speed", unit="run"):
             engine, size, precision = turn
             own = pool.submit(timed, bundle, precision, engine, size, threads).result()
             place = found[engine][size_name(size)]

@@ -9,7 +9,6 @@ import onnx
 import onnxruntime
 import torch
 from msgspec.structs import replace
-from tqdm import tqdm
 
 from export.families import family_of
 from export.graph_files import make_graph
@@ -17,9 +16,12 @@ from export.processes import in_processes
 from export.to_onnx import OPSET
 from export.verify import trajectory_parity
 from reference import checkpoint
+from reference.provenance import label_parts, trained_range
 from runtime import cli
 from runtime.bundle.files import staging
+from runtime.bundle.interface import Interface
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, Source
+from runtime.progress import Bar
 
 
 def export(args: argparse.Namespace) -> None:
@@ -38,12 +40,12 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     """Write every graph into `folder`, each checked against PyTorch, and check a trajectory."""
     models = loaded.models
     family = family_of(models)
-    interface = family.interface(models, tuple(loaded.provenance.get("labels") or ()))
+    interface = interface_of(loaded)
     graphs = family.sources(models)
     # The largest graph takes longest: begun last, it would be waited for alone.
     ordered = sorted(graphs, key=lambda source: -len(list(source.module.modules())))
     made = {}
-    bar = tqdm(total=len(ordered), desc="export", unit="graph")
+    bar = Bar(total=len(ordered), desc="export", unit="graph")
     work = partial(make_graph, folder=folder, interface=interface)
     for source, specs in in_processes(work, ordered):
         made[source.name] = specs
@@ -68,6 +70,14 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
         folder=folder,
     )
     return replace(manifest, trajectory=trajectory_parity(family, models, manifest))
+
+
+def interface_of(loaded: checkpoint.Checkpoint) -> Interface:
+    """The family's interface, with what the checkpoint's training says of labels and sizes."""
+    made = loaded.provenance
+    labels = tuple(made.get("labels") or ())
+    interface = family_of(loaded.models).interface(loaded.models, labels)
+    return replace(interface, parts=label_parts(made), trained=trained_range(made))
 
 
 def worst(manifest: Manifest) -> str:

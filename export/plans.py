@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
-from tqdm import tqdm
 
 from runtime.bundle.files import atomic_write, sha256
 from runtime.bundle.manifest import GraphSpec, PlanSpec, TensorSpec
@@ -25,6 +24,7 @@ from runtime.engines.tensorrt import (
     platform_name,
 )
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, ToolkitError, UsageError
+from runtime.progress import Bar
 
 FP8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 PRODUCTS = ("MatMul", "Gemm", "Einsum", "Conv")
@@ -161,14 +161,14 @@ class PlanBuilder:
             said = [f"{e.node_name()} ({e.node_operator()}): {e.desc()}" for e in errors]
             raise ArtefactError(
                 f"{job.spec.file}: {self.flavour} {self.trt.__version__} cannot read it: "
-                f"{'; '.join(said) or self._said()}. Make the bundle again with: make export"
+                f"{'; '.join(said) or self._said()}. Make the bundle again with: python -m export"
             )
         config = self._config(builder, interface, job)
         data = builder.build_serialized_network(network, config)
         if data is None:
             raise self._failure(job)
         for message in dict.fromkeys((*self.log.errors, *self.log.warnings)):
-            tqdm.write(f"{job.name}: {self.flavour} says: {message}", file=sys.stderr)
+            Bar.write(f"{job.name}: {self.flavour} says: {message}", file=sys.stderr)
         if FLAVOURS[self.flavour].timing_cache:
             with atomic_write(self._timings) as file:
                 file.write(bytes(config.get_timing_cache().serialize()))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
-from tqdm import tqdm
 
 from export.plans import Job, PlanBuilder, check_targets, plan_file
 from export.profiles import Ranges, SizeRange, explain
@@ -24,6 +23,7 @@ from runtime.engines.cuda import device_target
 from runtime.engines.onnx_file import check_self_contained
 from runtime.engines.tensorrt import FLAVOURS, installed, load_library
 from runtime.errors import IncompatibleError, UsageError
+from runtime.progress import Bar
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}{postfix}]"
 
@@ -75,7 +75,7 @@ def build_all(
     """Build into `scratch`, then move all plans to their place and write the manifest."""
     folder, plans = manifest.folder, dict(manifest.plans)
     started = time.perf_counter()
-    with tqdm(total=float(len(jobs)), desc="plans", bar_format=BAR) as bar:
+    with Bar(total=float(len(jobs)), desc="plans", bar_format=BAR) as bar:
         for number, job in enumerate(jobs):
             bar.set_postfix_str(job.name)
             builder = PlanBuilder(library, flavour, targets, folder, bar, number)
@@ -108,7 +108,8 @@ def default_flavour() -> str:
     if not found:
         raise IncompatibleError(
             "no TensorRT is installed here; expected one to build plans with. Install it with: "
-            "python -m pip install '.[tensorrt-rtx]' (GeForce and RTX cards) or '.[tensorrt]'"
+            f"{FLAVOURS['tensorrt_rtx'].install} (GeForce and RTX cards), or "
+            f"{FLAVOURS['tensorrt'].install}"
         )
     return found[-1]
 

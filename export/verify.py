@@ -18,7 +18,8 @@ from runtime.bundle.interface import Range
 from runtime.bundle.manifest import Array, Manifest, Parity, Trajectory, relative_error
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
-from runtime.sampling.guidance import Label, guided
+from runtime.sampling.guidance import guided
+from runtime.sampling.labels import Label
 from runtime.sampling.loop import sample
 from runtime.sampling.request import Request
 

@@ -23,6 +23,7 @@ from runtime.errors import ArtefactError
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 LONGEST_HEADER = 100 << 20  # as the safetensors format allows
+HOW = "Train one with: python -m reference.train"
 LISTED = 8  # differences named in one error
 
 
@@ -57,7 +58,9 @@ def save(path: Path, models: Models, provenance: dict[str, Any], dtype: torch.dt
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint; raises ArtefactError listing every tensor that does not fit."""
-    data = read_bytes(path, "a checkpoint (.safetensors)", "Train one with: make train")
+    data = read_bytes(
+        path, "a checkpoint (.safetensors)", "Train one with: python -m reference.train"
+    )
     tensors, metadata = parse(data, path)
     missing = [key for key in ("config", "provenance") if key not in metadata]
     if missing:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reference.checkpoint import read_metadata
 from reference.data import Images, fit
 from reference.evaluation.colours import in_grey
 from runtime.bundle.files import atomic_write, sha256
+from runtime.progress import Bar
 
 IMAGE_SIDE = 32  # of the digits that it reads
 STEPS = 1500
@@ -56,7 +56,7 @@ def fitted(train: Images, steps: int = STEPS) -> Classifier:
     model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="classifier", unit="step"):
+    for _ in Bar(range(steps), desc="classifier", unit="step"):
         chosen = torch.randint(len(train), (128,))
         loss = F.cross_entropy(model(augmented(train.pixels[chosen])), train.labels[chosen])
         optimizer.zero_grad()

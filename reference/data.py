@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.errors import ArtefactError, UsageError
+from runtime.images.picture import ImageFile
+from runtime.images.pixels import to_uint8
 
 # SHA-256 of the four standard files, uncompressed (LeCun, Cortes and Burges, "MNIST").
 MNIST_SHA256 = {
@@ -22,6 +24,7 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+MNIST_SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 IDX_UINT8 = 8
 MNIST_MARGIN = 2  # 28 × 28 digits in 32 × 32 images
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -89,8 +92,9 @@ def read_idx(path: Path) -> np.ndarray:
         data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
     except FileNotFoundError:
         raise ArtefactError(
-            f"{path}: neither it nor {packed.name} is there; expected MNIST's IDX files. "
-            "Pass their folder with --data"
+            f"{path}: neither it nor {packed.name} is there; expected MNIST's IDX files. Pass "
+            f"their folder with --data; {packed.name} is at {MNIST_SOURCE}"
+            + (f", SHA-256 {known} unpacked" if (known := MNIST_SHA256.get(path.name)) else "")
         ) from None
     except (OSError, EOFError) as error:
         raise ArtefactError(f"{packed}: not a whole gzip file ({error}); copy it again") from None
@@ -177,11 +181,10 @@ def load_folder(folder: Path, channels: int, side: int, labels: int) -> Images:
     pixels = np.empty((len(paths), side, side, channels), np.uint8)
     numbers = []
     for index, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                square = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side))
-        except OSError as error:
-            raise ArtefactError(f"{path}: cannot be read as an image ({error})") from None
+        with ImageFile(path, channels) as file:
+            whole = to_uint8(file(0, 0, *file.size)[0])
+        flat = whole.squeeze(2) if channels == 1 else whole
+        square = ImageOps.fit(Image.fromarray(flat), (side, side))
         pixels[index] = np.asarray(square).reshape(side, side, channels)
         parts = path.relative_to(folder).parts
         numbers.append(names.index(parts[0]) if len(parts) > 1 else 0)

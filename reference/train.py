@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from reference import checkpoint
 from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
@@ -35,6 +34,7 @@ from reference.optimizers import Optimizers
 from runtime import cli
 from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
 from runtime.errors import NumericalError, UsageError
+from runtime.progress import Bar, log
 
 CONFIGS = Path(__file__).parent / "configs"
 DATASETS = ("mnist", "painted-mnist", "folder")
@@ -150,25 +150,36 @@ class Run:
         if step < self.steps:
             start = time.monotonic() - seconds
             loss_of = torch.compile(task.loss) if self.speed.compile else task.loss
-            bar = tqdm(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
+            bar = Bar(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
             model.train()
-            while step < self.steps:
-                inputs = task.inputs(self._batch(step))
-                if self.speed.compile:
-                    for index in task.token_inputs:
-                        torch._dynamo.mark_dynamic(inputs[index], 1)
-                loss = self._step(model, loss_of, inputs, optimizer, step)
-                step += 1
-                decay = task.average_decay(self.config, step)
-                current = list(model.state_dict().values())
-                get_ema_multi_avg_fn(decay)(list(average.values()), current, step)
-                rows.append((step, loss))
-                bar.update()
-                if step % 20 == 0:
-                    bar.set_postfix(loss=f"{sum(r[1] for r in rows[-100:]) / len(rows[-100:]):.4f}")
-                if step % self.speed.save_every == 0 or step == self.steps:
-                    seconds = time.monotonic() - start
-                    self._save(model, average, optimizer, (step, seconds, rows))
+            with cli.patient():
+                while step < self.steps:
+                    inputs = task.inputs(self._batch(step))
+                    if self.speed.compile:
+                        for index in task.token_inputs:
+                            torch._dynamo.mark_dynamic(inputs[index], 1)
+                    loss = self._step(model, loss_of, inputs, optimizer, step)
+                    step += 1
+                    decay = task.average_decay(self.config, step)
+                    current = list(model.state_dict().values())
+                    get_ema_multi_avg_fn(decay)(list(average.values()), current, step)
+                    rows.append((step, loss))
+                    bar.update()
+                    if step % 20 == 0:
+                        last = [value for _, value in rows[-100:]]
+                        bar.set_postfix(loss=f"{sum(last) / len(last):.4f}")
+                    stop = step == self.steps or cli.signalled()
+                    if stop or step % self.speed.save_every == 0:
+                        seconds = time.monotonic() - start
+                        self._save(model, average, optimizer, (step, seconds, rows))
+                    if stop:
+                        break
+                if step < self.steps:
+                    bar.close()
+                    log.warning(
+                        "%s: step %d of %d is in %s; the same command goes on from there",
+                        *(self.name, step, self.steps, self.state_path),
+                    )
             bar.close()
         model.load_state_dict(average)
         model.eval()
@@ -340,6 +351,7 @@ def train(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "config": config,
         "labels": list(images.names),
+        "parts": list(images.parts),
     }
     path = out / "checkpoint.safetensors"
     checkpoint.save(path, models, provenance, getattr(torch, args.dtype))
@@ -365,7 +377,24 @@ def load_images(config: dict[str, Any], models: Models, folder: Path) -> Images:
         return load_mnist(folder).cropped(config["image"])
     if config["dataset"] == "painted-mnist":
         return load_painted_mnist(folder).cropped(config["image"])
-    return load_folder(folder, models.config.channels, config["image"], models.config.labels)
+    images = load_folder(folder, models.config.channels, config["image"], models.config.labels)
+    say_labels(folder, images, models.config.labels)
+    return images
+
+
+def say_labels(folder: Path, images: Images, labels: int) -> None:
+    """Say what a folder leaves of a configuration's labels without an image."""
+    counts = torch.bincount(images.labels, minlength=len(images.names)).tolist()
+    empty = [name for name, count in zip(images.names, counts, strict=True) if not count]
+    if labels > 1 and not any(path.is_dir() for path in folder.iterdir()):
+        log.warning("%s: has no sub-folders, so that every image has the one label image", folder)
+    if len(images.names) < labels or empty:
+        log.warning(
+            "%s: fills %d of %d labels%s; the others draw nothing in particular. Set labels in "
+            "[model.condition], or add folders",
+            *(folder, len(images.names) - len(empty), labels),
+            f" (no image in {', '.join(empty)})" if empty else "",
+        )
 
 
 def main() -> None:
@@ -376,12 +405,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of MNIST IDX or images")
     parser.add_argument("--out", type=Path, required=True, help="folder of states and checkpoint")
     parser.add_argument("--init", type=Path, help="checkpoint whose weights to start from")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="what PyTorch trains on")
     parser.add_argument("--compile", action=optional, help="torch.compile (default: on CUDA)")
     parser.add_argument("--bf16", action=optional, help="bfloat16 autocast (default: on CUDA)")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    of = "of the checkpoint's tensors; float16 halves it"
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float32", help=of)
+    kept = "steps between saved states, from which training goes on"
     every = cli.number(1, 1_000_000, int)
-    parser.add_argument("--save-every", type=every, default=500, metavar="STEPS")
+    parser.add_argument("--save-every", type=every, default=500, metavar="STEPS", help=kept)
     cli.run(train, parser)
 
 

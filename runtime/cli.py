@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import difflib
+import logging
 import os
 import re
 import signal
@@ -21,24 +23,75 @@ if TYPE_CHECKING:
 # Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
 DEFAULT_ENGINE = Path("r2id.onnx")  # looked for here, then in build/mnist
+DISTRIBUTIONS = ("r2-edge-runtime", "r2-edge-toolkit")
 LARGEST_SIDE = 1 << 20
 SIZE = re.compile(r"(\d+)x(\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and every default that the help does not say itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        said = default in (None, False, argparse.SUPPRESS) or default == [] or text.endswith(")")
+        return text if said else f"{text} (%(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line: what is wrong, the nearest option, where help is."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            wrong = next((word for word in rest if word.startswith("-")), rest[0])
+            options = [
+                option
+                for action in self._actions
+                if action.help != argparse.SUPPRESS
+                for option in action.option_strings
+            ]
+            near = difflib.get_close_matches(wrong.partition("=")[0], options, 1)
+            self.error(f"unknown {wrong}" + (f"; the nearest is {near[0]}" if near else ""))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with the code of a UsageError."""
+        self.exit(UsageError.exit_code, f"{self.prog}: error: {message}. Help: {self.prog} -h\n")
+
+
+class _Version(argparse.Action):
+    """--version: what is installed, looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version())
+        parser.exit()
+
+
+def version() -> str:
+    """The name and version of the installation that this runtime is of."""
+    from importlib import metadata
+
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return f"{name} {metadata.version(name)}"
+    return f"{DISTRIBUTIONS[0]}, not installed"
+
+
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m name`, its description shown as it is written."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The parser of `python -m name`."""
+    return Parser(prog=f"python -m {name}", description=description, formatter_class=_Help)
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> NoReturn:
     """Parse, run `main` and exit: errors as one line with their code, a traceback by --debug."""
+    parser.add_argument("--version", action=_Version, nargs=0, help="what is installed here")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
+    speak(args.quiet)
     signals = _collect_signals()
     try:
         main(args)
@@ -58,6 +111,19 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def speak(quiet: bool) -> None:
+    """Notes of the runtime as lines on stderr; with `quiet` neither them nor progress bars."""
+    from runtime.progress import Bar, log
+
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter("note: %(message)s"))
+    log.addHandler(notes)
+    log.propagate = False
+    if quiet:
+        log.setLevel(logging.ERROR)
+        Bar.quiet = True
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +158,20 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
     add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
+
+
+def add_image(parser: argparse.ArgumentParser, text: str) -> None:
+    """The size of the image: --image, or --size as it was called before."""
+    parser.add_argument("--image", type=size, metavar="HxW", help=text)
+    parser.add_argument("--size", type=size, dest="image", help=argparse.SUPPRESS)
+
+
+def wanted_image(args: argparse.Namespace) -> tuple[int, int]:
+    """The size of the image; raises UsageError where none is given."""
+    if args.image is None:
+        raise UsageError("--image is missing; expected HEIGHTxWIDTH, as in --image 512x512")
+    height, width = args.image
+    return height, width
 
 
 def add_drawing_options(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +232,19 @@ def size(text: str) -> tuple[int, int]:
             "as in 8x8 or 16x9"
         )
     return sides
+
+
+def colour(text: str) -> tuple[int, int, int]:
+    """RGB in 0 to 255 of a name or #rrggbb."""
+    from PIL import ImageColor
+
+    try:
+        found = ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no colour; expected a name or #rrggbb, as in black or #204060"
+        ) from None
+    return found[0], found[1], found[2]
 
 
 def sizes(text: str) -> list[tuple[int, int]]:

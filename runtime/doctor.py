@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from runtime import cli
 from runtime.errors import ToolkitError
 from runtime.memory import memory
-from runtime.providers import PROVIDERS
+from runtime.providers import CUDA, PIP, PROVIDERS, TENSORRT, TENSORRT_RTX
 
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Manifest
 
 # name -> module, the packages that bring it, the command that installs it
 LIBRARIES = {
-    "numpy": ("numpy", ("numpy",), "python -m pip install ."),
-    "pillow": ("PIL", ("pillow",), "python -m pip install ."),
+    "numpy": ("numpy", ("numpy",), f"{PIP} install 'numpy>=2.0'"),
+    "pillow": ("PIL", ("pillow",), f"{PIP} install 'pillow>=12.2'"),
     "onnxruntime": (
         "onnxruntime",
         (
@@ -33,9 +33,9 @@ LIBRARIES = {
         PROVIDERS["cpu"].install,
     ),
     "openvino": ("openvino", ("openvino",), PROVIDERS["openvino"].install),
-    "tensorrt": ("tensorrt", ("tensorrt",), "python -m pip install '.[tensorrt]'"),
-    "tensorrt_rtx": ("tensorrt_rtx", ("tensorrt-rtx",), "python -m pip install '.[tensorrt-rtx]'"),
-    "cuda-python": ("cuda", ("cuda-python", "cuda-bindings"), "python -m pip install cuda-python"),
+    "tensorrt": ("tensorrt", ("tensorrt",), TENSORRT),
+    "tensorrt_rtx": ("tensorrt_rtx", ("tensorrt-rtx",), TENSORRT_RTX),
+    "cuda-python": ("cuda", ("cuda-python", "cuda-bindings"), CUDA),
 }
 DRIVER = "sudo ubuntu-drivers install, or https://www.nvidia.com/drivers"
 GPU_FIELDS = {
@@ -177,7 +177,9 @@ def advice(found: dict[str, Any], manifest: "Manifest | None") -> list[str]:
         if not library["installed"] or "problem" in library:
             return [library["install"]]
     if manifest is None:
-        return ["make export"]
+        if importlib.util.find_spec("export"):
+            return ["python -m export"]
+        return ["python -m runtime.generate --engine FOLDER, that of a bundle's manifest.json"]
     gpus = found["nvidia"]["gpus"]
     step = manifest.step_graph
     start, rest = "python -m runtime.generate --engine", label_option(manifest)
@@ -198,7 +200,7 @@ def advice(found: dict[str, Any], manifest: "Manifest | None") -> list[str]:
 
 def label_option(manifest: "Manifest") -> str:
     """The option that draws the first few labels of a bundle, as text after an engine's name."""
-    count = min(len(manifest.interface.labels), 10)
+    count = min(len(manifest.interface.first_part), 10)
     return f" --label 0-{count - 1}" if count else ""
 
 

@@ -1,8 +1,7 @@
 """Draw images from a bundle: python -m runtime.generate --label 7 --image 256x256."""
 
 import argparse
-import re
-import sys
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import cli
 from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
+from runtime.outputs import output_paths
 from runtime.render import Drawing
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from runtime.images.png import Rows
     from runtime.pipeline.bundle import Bundle
     from runtime.pipeline.diffuser import Progress
-    from runtime.sampling.guidance import Label
+    from runtime.sampling.labels import Label
 
 SHEET_COLUMNS = 10
 MOST_IMAGES = 100_000
+log = logging.getLogger("runtime")
 PREVIEW_SIDE, PREVIEW_STEPS = 8, 6  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
@@ -43,33 +44,17 @@ DEFAULTS: dict[str, Any] = {
     "continue_from": None,
 }
 BEFORE = {"solver": "ddim", "spacing": "time", "guidance_interval": WHOLE}
-TERM = re.compile(r"(\d{1,6})(?:\*(\d*\.?\d+))?")
-
-
-def labels(text: str) -> "list[Label]":
-    """`7`, `1,3`, `0-9`, `none`, and mixtures with weights: `3+8` or `3*0.7+8*0.3`."""
-    found: list[Label] = []
-    for part in text.split(","):
-        terms = [TERM.fullmatch(term.strip()) for term in part.split("+")]
-        if part.strip() == "none":
-            found.append(None)
-        elif ("+" in part or "*" in part) and all(terms):
-            shares = [float(m[2]) if m and m[2] else 1 / len(terms) for m in terms]
-            numbers = [int(m[1]) for m in terms if m]
-            found.append(dict(zip(numbers, shares, strict=True)))
-        else:
-            found += cli.integers(part)
-    return found
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = cli.parser("runtime.generate", __doc__)
     add = p.add_argument
-    add("--label", type=labels, help="7 | 1,3 | 0-9 | none | 3*0.7+8*0.3 (default: every label)")
+    words = "names or numbers: 7 | cat,dog | 0-9 | 7:red (two parts of one) | 3+8 or 3*0.7+8*0.3"
+    add("--label", help=f"{words} (mixtures) | none (default: each, of the first part)")
     add("--count", type=cli.number(1, 10_000, int), help="images per label (1)")
     add("--latent", type=cli.size, help="HxW of the latent (the bundle's default)")
-    add("--image", type=cli.size, help="HxW of the image (the training ratio of the latent)")
+    cli.add_image(p, "HxW of the image (the training ratio of the latent)")
     add("--solver", choices=tuple(SOLVERS), help=f"how steps are made ({SOLVER})")
     steps = ", ".join(f"{name}: {own.steps}" for name, own in SOLVERS.items())
     add("--steps", type=cli.number(1, 10_000, int), help=f"evaluations of the model ({steps})")
@@ -89,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps with {PREVIEW_SIDE} cells a side"
     add("--preview", action="store_true", help=few)
     add("--state", type=Path, help="also keep what runtime.render draws from, as NAME.npz")
-    add("--out", type=Path, default=Path("out.png"), help="one PNG, or 'name-{index}.png' for each")
+    out = "one PNG of all, or one each, named as in 'digit-{index:03}-{label}-{seed}.png'"
+    add("--out", type=Path, default=Path("out.png"), help=out)
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
     add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
     cli.add_drawing_options(p)
@@ -158,26 +144,29 @@ def _from_json(key: str, value: Any) -> Any:
     if key == "crop":
         return None if value is None else cli.crop(",".join(map(str, value)))
     if key == "label":
-        return [_label_from_json(label) for label in value]
+        return [label_from_json(label) for label in value]
     return type(DEFAULTS[key])(value)
 
 
-def _label_from_json(label: Any) -> "Label":
-    if isinstance(label, Mapping):
-        return {int(number): float(weight) for number, weight in label.items()}
+def label_from_json(label: Any) -> "Label":
+    """What `label_to_json` made."""
+    if isinstance(label, dict):
+        return {_numbers(key.split(":")): float(weight) for key, weight in label.items()}
+    if isinstance(label, list):
+        return _numbers(label)
     return None if label is None else int(label)
 
 
-def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
-    """One file for a sheet, or one per image where the name holds `{index}`; checked."""
-    if "{index}" not in out.name:
-        paths = [out]
-    else:
-        indices = range(first_index, first_index + count)
-        paths = [out.with_name(out.name.replace("{index}", str(i))) for i in indices]
-    for path in paths:
-        check_writable(cli.png_name(path))
-    return paths
+def _numbers(each: list[Any]) -> int | tuple[int, ...]:
+    return int(each[0]) if len(each) == 1 else tuple(map(int, each))
+
+
+def label_to_json(label: "Label") -> Any:
+    """A label by numbers as metadata has it: `7`, `[7, 11]` of two parts, `{"7:11": 0.5}`."""
+    if not isinstance(label, Mapping):
+        return label
+    keys = (":".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in label)
+    return dict(zip(keys, label.values(), strict=True))
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -209,14 +198,13 @@ def generate(args: argparse.Namespace) -> None:
         )
         for own, _ in runs
     ]
-    paths = [output_paths(out, len(each), wanted["first_index"]) for _, out in runs]
+    names = bundle.interface.labels
+    paths = [output_paths(out, own, each, names) for own, out in runs]
     if args.state is not None:
         check_state(args.state)
     if (warning := bundle.interface.warning(wanted["continue_at"] or wanted["latent"])) is not None:
-        print(f"note: {warning}", file=sys.stderr)
+        log.warning(warning)
     with bundle.opening(*requests):  # beside what else is to be loaded
-        import tqdm  # noqa: F401
-
         import runtime.images.pixels  # noqa: F401
     for drawing in drawings:
         drawing.check()
@@ -286,9 +274,15 @@ def checkpoint_of(bundle: "Bundle") -> str | None:
 
 
 def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
-    """Fill in what the bundle decides."""
+    """Fill in what the bundle decides, and the numbers of labels that are named."""
+    from runtime.sampling.labels import Labels
+
+    interface = bundle.interface
     if wanted["label"] is None:
-        wanted["label"] = [*range(len(bundle.interface.labels))] or [None]
+        wanted["label"] = [*interface.first_part] or [None]
+    elif isinstance(wanted["label"], str):
+        known = Labels(interface.labels, interface.parts)
+        wanted["label"] = known.listed(wanted["label"])
     wanted["latent"] = wanted["latent"] or bundle.interface.default_latent
     largest = wanted["continue_at"] or wanted["latent"]
     wanted["image"] = wanted["image"] or bundle.interface.image_size(largest)
@@ -311,14 +305,14 @@ def draw(
     Returns the latents, float32 `[N, C, H, W]`.
     """
     import numpy as np
-    from tqdm import tqdm
 
+    from runtime.progress import Bar
     from runtime.sampling.request import Request
 
     bundle = drawing.bundle
     latents: list[Any] = []  # [1, C, H, W] of each image
     total = -(-len(each) // batch) * wanted["steps"]
-    with tqdm(total=total, desc="generate", unit="step") as bar:
+    with Bar(total=total, desc="generate", unit="step") as bar:
 
         def on_step(progress: "Progress") -> bool:
             bar.update()
@@ -352,7 +346,7 @@ def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
 def describe(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
     """A PNG's metadata: all that is needed to make it again."""
     return {
-        "request": wanted,
+        "request": wanted | {"label": [*map(label_to_json, wanted["label"])]},
         "model": bundle.interface.name,
         "checkpoint": checkpoint_of(bundle),
         "manifest": bundle.manifest.sha256,

@@ -4,6 +4,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from runtime.bundle.interface import size_name
 from runtime.errors import ArtefactError, ResourceError
 
 if TYPE_CHECKING:
+    from runtime.bundle.interface import Interface
     from runtime.bundle.manifest import GraphSpec, Manifest, PlanSpec, Trajectory
 
 WIDTH = 100
@@ -98,7 +100,7 @@ def heading(manifest: "Manifest") -> dict[str, str]:
         "manifest": f"SHA-256 {manifest.sha256}",
         "model": f"{interface.name}: {drawn_text(manifest)}",
         "sizes": sizes_text(manifest),
-        "labels": ", ".join(interface.labels) or "none",
+        "labels": labels_text(interface),
         "checkpoint": f"SHA-256 {source.sha256}" if source else "not recorded",
         "trained": "; ".join(shown) or "not recorded",
         "made with": ", ".join(f"{name} {value}" for name, value in manifest.versions.items()),
@@ -127,7 +129,15 @@ def sizes_text(manifest: "Manifest") -> str:
         text += f"; image sides of {interface.image_sides}"
     if (trained := interface.trained) is not None:
         text += f"; trained on sides of {trained.shortest} to {trained.longest}"
+        text += f", aspects up to {trained.aspect:g}"
     return text
+
+
+def labels_text(interface: "Interface") -> str:
+    """The names of the labels, with a line between their parts."""
+    names = iter(interface.labels)
+    parts = interface.parts or (len(interface.labels),)
+    return " | ".join(", ".join(islice(names, count)) for count in parts) or "none"
 
 
 def trajectory_text(trajectory: "Trajectory | None") -> str:

@@ -32,31 +32,38 @@ class Provider:
     capture: str = ""
 
 
+PIP = "python -m pip"
+# Builds of ONNX Runtime overwrite each other's files: the plain one goes first.
+ALONE = f"{PIP} uninstall -y onnxruntime && {PIP} install"
+GPU = f"{ALONE} 'onnxruntime-gpu>=1.30.1'"
+CUDA = f"{PIP} install 'cuda-bindings>=13'"
+TENSORRT = f"{PIP} install 'tensorrt>=11' 'cuda-bindings>=13'"
+TENSORRT_RTX = f"{PIP} install 'tensorrt-rtx>=1.7' 'cuda-bindings>=13'"
 PROVIDERS = {
-    "cpu": Provider("CPUExecutionProvider", "python -m pip install '.[cpu]'"),
+    "cpu": Provider("CPUExecutionProvider", f"{PIP} install 'onnxruntime>=1.30.1'"),
     "cuda": Provider(
         "CUDAExecutionProvider",
-        "python -m pip install '.[gpu]'",
+        GPU,
         defaults={"use_tf32": "0"},  # the library's own default is 1: products of 10-bit fractions
         device="cuda",
         capture="enable_cuda_graph",
     ),
     "tensorrt": Provider(
         "TensorrtExecutionProvider",
-        "python -m pip install '.[gpu]' 'tensorrt>=10,<11'",
+        f"{GPU} 'tensorrt>=10,<11'",
         profiles="trt",
         device="cuda",
         capture="trt_cuda_graph_enable",
     ),
     "nv-tensorrt-rtx": Provider(
         "NvTensorRTRTXExecutionProvider",
-        "python -m pip install onnxruntime-ep-nv-tensorrt-rtx",
+        f"{PIP} install onnxruntime-ep-nv-tensorrt-rtx",
         plugin="onnxruntime_ep_nv_tensorrt_rtx",
         profiles="nv",
     ),
-    "directml": Provider("DmlExecutionProvider", "python -m pip install onnxruntime-directml"),
-    "coreml": Provider("CoreMLExecutionProvider", "python -m pip install '.[cpu]'"),
-    "openvino": Provider("", "python -m pip install '.[openvino]'", package="openvino"),
+    "directml": Provider("DmlExecutionProvider", f"{ALONE} onnxruntime-directml"),
+    "coreml": Provider("CoreMLExecutionProvider", f"{PIP} install 'onnxruntime>=1.30.1'"),
+    "openvino": Provider("", f"{PIP} install 'openvino>=2026.4'", package="openvino"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Draw any size or crop of a saved state: python -m runtime.render state.npz --size 8192x8192.
+"""Draw any size or crop of a saved state: python -m runtime.render state.npz --image 8192x8192.
 
 The state is what `runtime.generate --state` keeps of its latents: no diffusion is run again.
 """
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = cli.parser("runtime.render", __doc__)
     p.add_argument("state", type=Path, help="an .npz file made by runtime.generate --state")
-    p.add_argument("--size", type=cli.size, required=True, help="HxW of the whole image")
+    cli.add_image(p, "HxW of the whole image")
     p.add_argument("--index", type=cli.number(0, 100_000, int), default=0, help="which image (0)")
     p.add_argument("--out", type=Path, help="PNG to write (beside the state, with its size)")
     cli.add_drawing_options(p)
@@ -35,15 +35,15 @@ def render(args: argparse.Namespace) -> None:
     from runtime.bundle.state import DecodeState
     from runtime.pipeline.tiles import window_of
 
-    height, width = args.size
+    height, width = cli.wanted_image(args)
     out = cli.png_name(args.out or args.state.with_name(f"{args.state.stem}-{height}x{width}.png"))
-    window_of(args.crop, args.size)
+    window_of(args.crop, args.image)
     check_writable(out)
     state = DecodeState.load(args.state)
     if args.index >= len(state):
         raise UsageError(f"--index {args.index}: {args.state} holds images 0 to {len(state) - 1}")
     bundle = cli.open_bundle(args)
-    drawing = Drawing(bundle, state.latent, args.size, args.crop, bool(args.exact), args.memory)
+    drawing = Drawing(bundle, state.latent, args.image, args.crop, bool(args.exact), args.memory)
     drawing.check(state, str(args.state))
     images = [drawing.bands(state, args.index)]
     drawing.save(out, images, 1, described(state.metadata, args, drawing.exact))
@@ -61,7 +61,7 @@ def described(made: dict[str, Any], args: argparse.Namespace, exact: bool) -> di
             "label": [request["label"][args.index // request["count"]]],
             "count": 1,
             "first_index": request["first_index"] + args.index,
-            "image": args.size,
+            "image": args.image,
             "crop": args.crop,
             "exact": exact,
         }
@@ -112,13 +112,12 @@ class Drawing:
         self, path: Path, images: "Sequence[Iterator[Rows]]", columns: int, metadata: dict[str, Any]
     ) -> None:
         """Write images as one PNG, a contact sheet of `columns`, as they are drawn."""
-        from tqdm import tqdm
-
         from runtime.images.pixels import save_rows, sheet_rows, sheet_size
+        from runtime.progress import Bar
 
         height, width = sheet_size(len(images), columns, (self.window.height, self.window.width))
         channels = self.bundle.interface.color_channels
-        with tqdm(total=height, desc=path.name, unit="row", leave=False, delay=1) as bar:
+        with Bar(total=height, desc=path.name, unit="row", leave=False, delay=1) as bar:
 
             def drawn() -> "Iterator[Rows]":
                 for band in sheet_rows(images, columns):

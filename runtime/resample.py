@@ -1,19 +1,32 @@
-"""Resample an image through a latent: python -m runtime.resample photo.png --size 512x512."""
+"""Resample an image through a latent: python -m runtime.resample photo.png --image 512x512."""
 
 import argparse
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from runtime import cli
 from runtime.bundle.files import check_writable
+from runtime.errors import ArtefactError
 from runtime.render import Drawing
+
+if TYPE_CHECKING:
+    from runtime.images.picture import ImageFile
+    from runtime.pipeline.bundle import Bundle
+
+log = logging.getLogger("runtime")
+FINER = 2  # pixels per pixel of the training ratio, along each side, that are worth reading
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     p = cli.parser("runtime.resample", __doc__)
     p.add_argument("input", type=Path, help="an image file")
-    p.add_argument("--size", type=cli.size, required=True, help="HxW of the result")
-    p.add_argument("--latent", type=cli.size, help="HxW of the latent (the training ratio)")
+    cli.add_image(p, "HxW of the result")
+    latent = "HxW of the latent (the training ratio of the smaller of both, within the memory)"
+    p.add_argument("--latent", type=cli.size, help=latent)
+    ground = "colour under transparent pixels, by name or #rrggbb (white)"
+    p.add_argument("--ground", type=cli.colour, default=(255, 255, 255), help=ground)
     p.add_argument("--out", type=Path, help="PNG to write (beside the input, with its new size)")
     cli.add_drawing_options(p)
     cli.add_engine_options(p)
@@ -22,21 +35,51 @@ def parser() -> argparse.ArgumentParser:
 
 def resample(args: argparse.Namespace) -> None:
     """Encode the image by tiles, decode it by tiles at the new size into the file."""
-    from runtime.images.pixels import ImageFile
+    from runtime.images.picture import ImageFile
 
-    height, width = args.size
+    height, width = cli.wanted_image(args)
     out = cli.png_name(args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png"))
     check_writable(out)
     bundle = cli.open_bundle(args)
-    bundle.check_resample(args.size)
-    with ImageFile(args.input, bundle.interface.color_channels) as image:
-        size = args.latent or bundle.interface.latent_size(image.size)
-        drawing = Drawing(bundle, size, args.size, args.crop, bool(args.exact), args.memory)
+    bundle.check_resample(args.image)
+    with ImageFile(args.input, bundle.interface.color_channels, args.ground) as image:
+        size = latent_size(bundle, image, args)
+        drawing = Drawing(bundle, size, args.image, args.crop, bool(args.exact), args.memory)
         drawing.check()
-        latent = bundle.resampler.encode_windows(image, image.size, size, args.memory)
+        latent = encoded(bundle, image, size, args.memory)
+        if image.notes:
+            log.warning("%s: %s", args.input, "; ".join(image.notes))
     metadata = {"model": bundle.interface.name, "resampled": args.input.name}
     drawing.save(out, [drawing.bands(bundle.state(latent))], 1, metadata)
     print(out)
+
+
+def latent_size(bundle: "Bundle", image: "ImageFile", args: argparse.Namespace) -> tuple[int, int]:
+    """The latent that an image goes through; raises ArtefactError for an image of illegal sides."""
+    sides = bundle.interface.image_sides
+    if any(side not in sides for side in image.size):
+        raise ArtefactError(
+            f"{args.input}: {image.size[0]}x{image.size[1]} pixels; expected sides of {sides}"
+        )
+    return args.latent or bundle.latent_between(image.size, args.image, args.memory)
+
+
+def encoded(bundle: "Bundle", image: "ImageFile", size: tuple[int, int], memory: int | None) -> Any:
+    """The latent `[1, C, *size]` of an image, which is read by windows behind a progress bar."""
+    from runtime.progress import Bar
+
+    ratio = bundle.interface.pixels_per_latent
+    image.shrink((FINER * ratio * size[0], FINER * ratio * size[1]))
+    if (warning := bundle.interface.warning(size)) is not None:
+        log.warning(warning)
+    pixels = image.size[0] * image.size[1]
+    with Bar(total=pixels, desc="read", unit="pixel", unit_scale=True, leave=False) as bar:
+
+        def read(top: int, left: int, height: int, width: int) -> Any:
+            bar.update(height * width)
+            return image(top, left, height, width)
+
+        return bundle.resampler.encode_windows(read, image.size, size, memory)
 
 
 if __name__ == "__main__":

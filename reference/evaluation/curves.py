@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from reference.classifier import IMAGE_SIDE, SEED, Classifier, read
 from reference.data import Images
@@ -16,6 +15,7 @@ from reference.evaluation.measures import psnr, reduced, ssim
 from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
+from runtime.progress import Bar
 from runtime.sampling.schedule import COSINE
 
 SCRAPE_POINTS = 20
@@ -30,7 +30,7 @@ def reconstruction(models: R2Models, test: Images, size: Size, limit: int) -> fl
     shape = canvas(size, IMAGE_SIDE)
     total = 0.0
     desc = f"reconstruction {size_name(size)}"
-    for part in tqdm(batches(limit, (8, 8)), desc=desc, unit="batch"):
+    for part in Bar(batches(limit, (8, 8)), desc=desc, unit="batch"):
         images = shown(test, part, shape)
         found = models.r2ir.decode(models.r2ir.encode(images, size), shape)
         total += F.mse_loss(found, images).item() * len(images)
@@ -45,7 +45,7 @@ def eps_over_t(models: R2Models, test: Images, size: Size, limit: int) -> Curve:
     text = models.condition(torch.stack([torch.zeros_like(own), own]))
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: Curve = {"t": times, "null": [], "label": []}
-    for t in tqdm(times, desc=f"eps over t {size_name(size)}", unit="t"):
+    for t in Bar(times, desc=f"eps over t {size_name(size)}", unit="t"):
         a = float(COSINE.alpha_bar(np.array(t)))
         eps = torch.randn(latent.shape, generator=generator)
         noisy = a**0.5 * latent + (1 - a) ** 0.5 * eps
@@ -66,7 +66,7 @@ def scale_consistency(
     height, width = canvas((latents.shape[2], latents.shape[3]), SCALED_SIDE)
     plain = decode(latents, (height, width))
     found: Curve = {"factor": [], "ssim": [], "psnr": []}
-    for k in tqdm(factors, desc="scale consistency", unit="size"):
+    for k in Bar(factors, desc="scale consistency", unit="size"):
         large = [reduced(decode(own, (k * height, k * width)), k) for own in latents.split(1)]
         found["factor"].append(k)
         found["ssim"].append(ssim(torch.cat(large), plain))

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from reference.classifier import IMAGE_SIDE, SEED
 from reference.evaluation.digits import DIGITS, Size, asked, conditions
@@ -14,6 +13,7 @@ from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
 from runtime.pipeline.bundle import Bundle
+from runtime.progress import Bar
 from runtime.sampling.choices import SOLVER, SOLVERS, WHOLE
 from runtime.sampling.guidance import guide
 from runtime.sampling.loop import sample
@@ -102,7 +102,7 @@ def in_batches(
 ) -> Drawn:
     """What `draw(part, on_step)` makes of each of the `batches`, behind a progress bar."""
     parts = batches(count, latent)
-    with tqdm(total=len(parts) * steps, desc=f"{size_name(latent)}{desc}", unit="step") as bar:
+    with Bar(total=len(parts) * steps, desc=f"{size_name(latent)}{desc}", unit="step") as bar:
 
         def on_step(_: object) -> None:  # what update gives would stop a run
             bar.update()
@@ -137,7 +137,7 @@ class GraphDrawing:
 
         def draw(part: slice, on_step: Callable[[object], object]) -> Drawn:
             made = self.pipeline.generate(
-                labels[part].tolist(),
+                [*map(tuple, labels[part].view(part.stop - part.start, -1).tolist())],
                 latent,
                 on_step,
                 image=image or canvas(latent, IMAGE_SIDE),

@@ -21,6 +21,7 @@ from reference.evaluation.digits import (
 from reference.evaluation.drawing import Drawing
 from reference.evaluation.measures import frechet_distance, precision_and_recall
 from reference.families.r2.training import canvas
+from reference.provenance import latent_stages
 
 Judgement = dict[str, float]
 
@@ -88,16 +89,10 @@ def judged(
 
 
 def trained_on(size: Size, provenance: dict[str, Any]) -> bool | None:
-    """Whether latents of `size` were in a checkpoint's training; None where it does not say.
-
-    `latent` in `[r2id]` is the range of sides, or a list of stages that each end at a share of
-    the steps: `[4, 16]` or `[[0.7, 4, 8], [1.0, 4, 16]]`; `aspect` bounds longer over shorter.
-    """
-    own = provenance.get("config", {}).get("r2id", {})
-    if "latent" not in own:
+    """Whether latents of `size` were in a checkpoint's training; None where it does not say."""
+    if (found := latent_stages(provenance)) is None:
         return None
-    latent = own["latent"]
-    ranges = [stage[-2:] for stage in latent] if isinstance(latent[0], list) else [latent]
+    ranges, aspect = found
     shorter, longer = sorted(size)
     within = any(low <= shorter and longer <= high for low, high in ranges)
-    return within and longer <= own.get("aspect", 1) * shorter
+    return within and longer <= aspect * shorter

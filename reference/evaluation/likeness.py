@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from reference.classifier import IMAGE_SIDE, Classifier, middle, read
 from reference.evaluation.digits import Size, digit_of
@@ -14,6 +13,7 @@ from reference.evaluation.drawing import Drawing, GraphDrawing
 from reference.evaluation.measures import psnr
 from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
+from runtime.progress import Bar
 
 CONTINUED = ((8, 8), (16, 16))
 CONTINUED_FROM = (0, 0.25, 0.5, 0.75, 1)  # shares of the steps at the smaller latent
@@ -56,7 +56,7 @@ def continued(draw: GraphDrawing, classifier: Classifier, digits: int) -> dict[s
     (small, large), steps = CONTINUED, draw.sampling.count
     found: dict[str, Found] = {}
     images: list[Tensor] = []
-    for stop in tqdm(sorted({round(share * steps) for share in CONTINUED_FROM}), desc="continued"):
+    for stop in Bar(sorted({round(share * steps) for share in CONTINUED_FROM}), desc="continued"):
         goes_on = 0 < stop < steps
         more: dict[str, Any] = {"continue_at": large, "continue_from": stop} if goes_on else {}
         started = time.perf_counter()

@@ -1,6 +1,8 @@
 """What a bundle draws, as far as a request needs it: names, channels, legal sizes, the schedule."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
@@ -11,6 +13,7 @@ Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 # Letters of any script, without control characters.
 Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
 Size = tuple[int, int]  # height, width
+FAR = 1.25  # times what training saw
 
 
 class Range(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -54,6 +57,12 @@ class Trained(Struct, frozen=True, forbid_unknown_fields=True):
     longest: Count
     aspect: Annotated[float, Meta(ge=1, le=LARGEST)]
 
+    def includes(self, latent: Size, times: float = 1.0) -> bool:
+        """Whether `latent` is like what was seen, or within `times` of it in size and aspect."""
+        shorter, longer = sorted(latent)
+        within = self.shortest <= shorter * times and longer <= self.longest * times
+        return within and longer <= self.aspect * times * shorter
+
 
 class CosineData(Struct, frozen=True, tag_field="name", tag="cosine", forbid_unknown_fields=True):
     """alpha_bar(t) = cos²((t + offset) / (1 + offset) · π/2), not below `floor`."""
@@ -68,9 +77,11 @@ ScheduleData = CosineData  # a union of them: `runtime.sampling.schedule` knows 
 class Interface(Struct, frozen=True, forbid_unknown_fields=True):
     """What a program needs of a model. Sides are ranges of a height and a width alike.
 
-    `labels` has a name per condition, none where a model is unconditional. `pixels_per_latent`:
-    image pixels per latent cell along each side. `decoupled`: a resampler draws images of any
-    legal size from latents of any legal size, and back; else pixels are diffused.
+    `labels` has a name per condition, none where a model is unconditional; `parts` says how many
+    of them, in their order, belong to each part that a condition can have one label of. None given
+    is one part. `pixels_per_latent`: image pixels per latent cell along each side. `decoupled`: a
+    resampler draws images of any legal size from latents of any legal size, and back; else pixels
+    are diffused.
     """
 
     name: Text
@@ -83,8 +94,14 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
     image_sides: Range
     decoupled: bool
     trained: Trained | None = None
+    parts: tuple[Count, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.parts and sum(self.parts) != len(self.labels):
+            raise ValueError(
+                f"parts are {list(self.parts)}; expected them to add up to the "
+                f"{len(self.labels)} labels"
+            )
         if any(side not in self.latent_sides for side in self.default_latent):
             raise ValueError(
                 f"default_latent is {list(self.default_latent)}; expected sides of "
@@ -96,6 +113,11 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
                 "decoupled is false, so that pixels are diffused; expected as many latent as "
                 "colour channels and 1 pixel per latent cell"
             )
+
+    @property
+    def first_part(self) -> range:
+        """The numbers of the labels of the first part: what is drawn where no label is given."""
+        return range(self.parts[0] if self.parts else len(self.labels))
 
     def image_size(self, latent: Size) -> Size:
         """The image size that a latent of this size was trained to decode to."""
@@ -125,16 +147,22 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.name} diffuses pixels and has no resampler"
 
     def warning(self, latent: Size) -> str | None:
-        """What a user should know of a legal size: None where the model has seen its like."""
-        if self.trained is None:
+        """What a user should know of a legal size far outside of what the model has seen."""
+        if self.trained is None or self.trained.includes(latent, FAR):
             return None
         low, high, most = self.trained.shortest, self.trained.longest, self.trained.aspect
-        aspect = max(latent) / min(latent)
-        if low <= min(latent) and max(latent) <= high and aspect <= most:
-            return None
         return (
             f"{self.name} was trained on latents with sides of {low} to {high} and aspects up to "
-            f"{most:g}; {size_name(latent)} is outside of that and may look worse"
+            f"{most:g}; {size_name(latent)} is far outside of that and may look worse"
+        )
+
+
+def check_size(name: str, size: Any) -> None:
+    """Raise UsageError where `size`, the argument `name`, is no (height, width)."""
+    pair = isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2
+    if not pair or not all(isinstance(side, Integral) for side in size):
+        raise UsageError(
+            f"{name} is {size!r}; expected (height, width) in whole numbers, as in (16, 9)"
         )
 
 

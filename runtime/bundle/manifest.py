@@ -23,7 +23,8 @@ FORMAT = 3
 FILE_NAME = "manifest.json"
 LARGEST_MANIFEST = 16 << 20  # bytes; a hundred times a real one
 DEFAULT_BUNDLE = Path("build/mnist")
-REBUILD = "Make the bundle again with: make export"
+SHIPPED = Path(__file__).parents[1] / "shipped"  # in a wheel: the bundle that came with it
+REBUILD = "Copy the whole bundle here again, or make it where PyTorch is: python -m export"
 TO_PLAN = "python -m export.to_plan"
 
 # How long what a graph gives stays as it is: of the diffuser a size, a schedule, a prompt or a
@@ -295,15 +296,23 @@ def relative_error(found: Array, wanted: Array) -> float:
 def find_bundle(engine: Path) -> Path:
     """The folder of a bundle, given the folder or any engine file in it.
 
-    A bare file name is looked for in the working folder, then in `build/mnist`. Raises
-    ArtefactError.
+    A bare file name is looked for in the working folder, in `build/mnist` and in the bundle that
+    came with the runtime. Raises ArtefactError.
     """
     if (engine / FILE_NAME).is_file():
         return engine
     if engine.is_file() and (engine.parent / FILE_NAME).is_file():
         return engine.parent
-    if engine.parent == Path() and (DEFAULT_BUNDLE / engine).is_file():
-        return DEFAULT_BUNDLE
+    bare = engine.parent == Path() and engine.suffix != ""
+    for folder in (DEFAULT_BUNDLE, SHIPPED) if bare else ():
+        if (folder / engine).is_file():
+            return folder
+    if bare and not engine.exists():
+        raise ArtefactError(
+            f"no bundle is here: looked for {engine} in {Path.cwd()}, in {DEFAULT_BUNDLE} there "
+            f"and beside the runtime in {SHIPPED}. Pass --engine FOLDER, that of a manifest.json, "
+            "or make one where PyTorch is: python -m export"
+        )
     found = "a folder without" if engine.is_dir() else "a file without" if engine.is_file() else ""
     there = f"{found} {FILE_NAME} beside it" if found else "no such file or folder"
     raise ArtefactError(f"{engine}: {there}; expected a bundle or an engine file in one. {REBUILD}")

@@ -86,10 +86,10 @@ def check_engine_kind(engine: Path) -> None:
     from runtime.engines import tensorrt
 
     if not tensorrt.installed():
-        extras = " or ".join(f"'.[{f.extra}]'" for f in tensorrt.FLAVOURS.values())
+        install = " or ".join(flavour.install for flavour in tensorrt.FLAVOURS.values())
         raise IncompatibleError(
             f"{engine}: a TensorRT plan, but TensorRT is not installed here. Install it with: "
-            f"python -m pip install {extras}; or use --engine {engine.with_suffix('.onnx')}"
+            f"{install}; or use --engine {engine.with_suffix('.onnx')}"
         )
 
 

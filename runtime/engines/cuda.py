@@ -10,6 +10,7 @@ import numpy as np
 
 from runtime.bundle.manifest import Array
 from runtime.errors import IncompatibleError, ResourceError
+from runtime.providers import CUDA
 
 
 def load_cuda() -> Any:
@@ -19,7 +20,7 @@ def load_cuda() -> Any:
     except (ImportError, OSError) as error:
         raise IncompatibleError(
             f"cuda-python cannot be imported ({error}); expected it for TensorRT plans. "
-            "Install it with: python -m pip install 'cuda-bindings>=13'"
+            f"Install it with: {CUDA}"
         ) from None
     return runtime
 

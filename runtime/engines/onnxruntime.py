@@ -27,7 +27,7 @@ def load_library() -> Any:
     except ImportError as error:
         raise IncompatibleError(
             f"onnxruntime cannot be imported ({error}); expected it for ONNX graphs. "
-            f"Install it with: {PROVIDERS['cpu'].install} (or '.[gpu]' for CUDA)"
+            f"Install it with: {PROVIDERS['cpu'].install} (for CUDA: {PROVIDERS['cuda'].install})"
         ) from None
     return onnxruntime
 

@@ -23,6 +23,7 @@ from runtime.bundle.profiles import choose
 from runtime.engines import HISTORY, kernels
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, ResourceError
+from runtime.providers import TENSORRT, TENSORRT_RTX
 from runtime.sampling.loop import StepCallback
 
 OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory allocation", "bad_alloc")
@@ -30,7 +31,7 @@ OUT_OF_MEMORY = ("out of memory", "outofmemory", "memory allocation", "bad_alloc
 
 @dataclass(frozen=True)
 class Flavour:
-    """A TensorRT library: its module, extra, and what it has that the other one lacks.
+    """A TensorRT library: its module, what installs it, and what it has that the other one lacks.
 
     `ahead`: builds for GPUs that are not there. `runtime_cache`: compiles kernels on the user's
     machine, keeps them, and captures CUDA graphs by itself. `timing_cache`: times kernels while it
@@ -38,15 +39,15 @@ class Flavour:
     """
 
     module: str
-    extra: str
+    install: str
     ahead: bool
     runtime_cache: bool
     timing_cache: bool
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("tensorrt", "tensorrt", False, False, True),
-    "tensorrt_rtx": Flavour("tensorrt_rtx", "tensorrt-rtx", True, True, False),
+    "tensorrt": Flavour("tensorrt", TENSORRT, False, False, True),
+    "tensorrt_rtx": Flavour("tensorrt_rtx", TENSORRT_RTX, True, True, False),
 }
 
 
@@ -62,7 +63,7 @@ def load_library(flavour: str) -> Any:
     except (ImportError, OSError) as error:
         raise IncompatibleError(
             f"{flavour} cannot be imported ({error}); found {installed() or 'no TensorRT'} here. "
-            f"Install it with: python -m pip install '.[{FLAVOURS[flavour].extra}]'"
+            f"Install it with: {FLAVOURS[flavour].install}"
         ) from None
 
 
@@ -130,10 +131,10 @@ def check_plan(plan: PlanSpec, graph: GraphSpec, folder: Path) -> None:
         )
     made, here = f"{plan.flavour} {plan.version}", installed()
     if plan.flavour not in here:
-        extra = FLAVOURS[plan.flavour].extra
+        install = FLAVOURS[plan.flavour].install
         raise IncompatibleError(
             f"{path}: built with {made}; here is {' and '.join(here) or 'no TensorRT'}. "
-            f"Install it with: python -m pip install '.[{extra}]'. {plan.rebuild(folder)}"
+            f"Install it with: {install}. {plan.rebuild(folder)}"
         )
     version = str(load_library(plan.flavour).__version__)
     if version != plan.version:

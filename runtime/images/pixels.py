@@ -4,14 +4,14 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write, open_file
-from runtime.errors import ArtefactError, UsageError
-from runtime.images.png import PngWriter, Rows, open_rows, read_text, write_beside
+from runtime.errors import ArtefactError
+from runtime.images.png import PngWriter, Rows, read_text, write_beside
 
 METADATA_KEY = "r2"
 SHEET_GAP = 2  # pixels between the images of a contact sheet
@@ -94,77 +94,3 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: holds no {METADATA_KEY!r} metadata; expected a PNG made by runtime.generate"
         )
     return metadata
-
-
-class ImageFile:
-    """An image file as the pixels of a model: windows of it, float32 in [-1, 1].
-
-    A PNG of 8 bits, grey or RGB, is read row by row and never held whole, nor is a `.npy` file
-    (uint8 `[h, w, c]`); what Pillow reads is held as bytes. Windows come from the top down.
-    """
-
-    def __init__(self, path: Path, channels: int):
-        """Raises UsageError where images cannot have `channels`, ArtefactError for a bad file."""
-        if channels not in (1, 3):
-            raise UsageError(f"the model has {channels} colour channels; image files have 1 or 3")
-        self.path, self.channels = path, channels
-        self._file = open_file(path, "an image", "Give the path of an image file")
-        self._rows = open_rows(path, self._file)
-        self._top = 0  # of the band, which is all of an image that is not read by rows
-        self._band = self._rows.read(0) if self._rows else _open(path, self._file)
-        height, width = self._rows.size if self._rows else self._band.shape[:2]
-        self.size = (height, width)
-
-    def __enter__(self) -> "ImageFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def __call__(self, top: int, left: int, height: int, width: int) -> NDArray[np.float32]:
-        """Pixels `[1, c, height, width]` of a window not above the last one."""
-        if self._rows is not None:
-            missing = top + height - (self._top + len(self._band))
-            if missing > 0:
-                self._band = np.concatenate([self._band, self._rows.read(missing)])
-            self._top, self._band = top, self._band[top - self._top :]
-        band = self._band[top - self._top :][:height]
-        own = recoloured(band[:, left : left + width], self.channels).astype(np.float32)
-        return np.ascontiguousarray(np.moveaxis(own, -1, 0)[None] / np.float32(127.5) - 1)
-
-
-def recoloured(rows: Rows, channels: int) -> Rows:
-    """Grey or RGB `[.., c]` as `channels`; grey is ITU-R 601's luma, as Pillow rounds it."""
-    if rows.shape[-1] == channels:
-        return rows
-    if channels == 3:
-        return rows.repeat(3, -1)
-    luma = rows.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
-    return ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
-
-
-def _open(path: Path, file: IO[bytes]) -> Rows:
-    """A whole image, uint8 `[h, w, 1 or 3]`."""
-    if path.suffix == ".npy":
-        return _mapped(path)
-    from PIL import Image
-
-    try:
-        picture = Image.open(file)
-        grey = picture.mode in ("1", "L", "LA", "I", "I;16", "F")
-        pixels = np.asarray(picture.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ArtefactError(f"{path}: cannot be read as an image ({error})") from None
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _mapped(path: Path) -> Rows:
-    try:
-        array: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ArtefactError(f"{path}: cannot be read as an array ({error})") from None
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or not array.size:
-        raise ArtefactError(
-            f"{path}: {array.dtype} {array.shape}; expected uint8 [height, width, 1 or 3]"
-        )
-    return array

@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.interface import LARGEST
 from runtime.errors import ArtefactError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -22,6 +23,7 @@ COLOUR_TYPES = {1: 0, 3: 2}  # by channels: grey, RGB
 HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, colour type, compression, filter, lacing
 IDAT_BYTES = 1 << 16
 BANDS_AHEAD = 2  # that may wait to be written while the next is made
+OTHERS = (b"tRNS", b"acTL", b"eXIf")  # chunks of what takes more than rows to read
 LARGEST_TEXT = 1 << 26  # no request of ours comes near; stops absurd allocations
 
 Rows = NDArray[np.uint8]
@@ -190,22 +192,25 @@ class PngRows:
 
 
 def open_rows(path: Path, file: IO[bytes]) -> PngRows | None:
-    """A reader of a PNG's rows; None for what cannot be read row by row here."""
+    """A reader of a PNG's rows; None for what cannot be read row by row here.
+
+    Such as transparency, several pictures, or one that lies on its side: `OTHERS`.
+    """
+    rows = None
     for kind, data in _chunks(path, file):
-        if kind != b"IHDR" or len(data) != HEADER.size:
+        if kind == b"IDAT":
             break
-        width, height, bits, colour, _, _, lacing = HEADER.unpack(data)
-        channels = {number: count for count, number in COLOUR_TYPES.items()}.get(colour)
-        if bits != 8 or lacing or channels is None or not (width and height):
+        if kind == b"IHDR" and len(data) == HEADER.size:
+            width, height, bits, colour, _, _, lacing = HEADER.unpack(data)
+            channels = {number: count for count, number in COLOUR_TYPES.items()}.get(colour)
+            plain = bits == 8 and not lacing and 0 < width <= LARGEST and 0 < height <= LARGEST
+            rows = (height, width, channels) if plain and channels is not None else None
+        if kind in OTHERS:
+            rows = None
+        if rows is None:
             break
-        return PngRows(path, _rewound(file), height, width, channels)
     file.seek(0)
-    return None
-
-
-def _rewound(file: IO[bytes]) -> IO[bytes]:
-    file.seek(0)
-    return file
+    return PngRows(path, file, *rows) if rows else None
 
 
 def unfilter(kind: int, row: Rows, above: Rows, channels: int) -> None:

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.interface import Interface, Size
+from runtime.bundle.interface import Interface, Size, check_size
 from runtime.bundle.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
 from runtime.bundle.state import DecodeState
 from runtime.engines import EngineOptions, check_engine_kind
 from runtime.errors import ArtefactError, UsageError
-from runtime.pipeline.checks import check_request
+from runtime.pipeline.checks import check_images, check_pixels, check_request
 from runtime.pipeline.diffuser import Diffuser, OnStep
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.tiles import Crop, fill, window_of
 from runtime.pipeline.uncoded import Uncoded
-from runtime.sampling.guidance import Label
+from runtime.sampling.labels import Label
 from runtime.sampling.request import Request
 
 
@@ -53,6 +53,8 @@ def open_bundle(
     not whole, UsageError for a precision that it lacks, IncompatibleError for an engine that
     cannot run here.
     """
+    if not isinstance(engine, str | Path):
+        raise UsageError(f"engine is {engine!r}; expected a bundle's folder, or a file in it")
     path, options = Path(engine), options or EngineOptions()
     check_engine_kind(path)
     manifest = read_manifest(find_bundle(path), expect_sha256)
@@ -110,7 +112,8 @@ class Bundle:
         the run by returning True. Raises UsageError before any engine is opened, StoppedError,
         NumericalError naming the step.
         """
-        request = Request(labels, latent or self.interface.default_latent, **options)
+        own = self.interface.default_latent if latent is None else latent
+        request = Request(labels, own, **options)
         self.check(request)
         size = request.image or self.interface.image_size(request.largest)
         with self.opening(request):
@@ -157,6 +160,8 @@ class Bundle:
 
         `memory`: the bytes that this process may hold. Raises UsageError, ResourceError.
         """
+        check_pixels(self.interface, pixels)
+        check_size("size", size)
         return self.resampler.encode(pixels, size, memory)
 
     def decode(
@@ -174,10 +179,13 @@ class Bundle:
         cell than the model was trained with are averaged, not sampled. Raises UsageError,
         ResourceError.
         """
+        check_images("latent", latent, self.interface.latent_channels)
+        check_size("size", size)
         return self.resampler.decode(latent, size, crop, exact, memory)
 
     def state(self, latent: Array, metadata: dict[str, Any] | None = None) -> DecodeState:
         """What `render` needs of latents float32 `[B, C, H, W]`; it can be saved and loaded."""
+        check_images("latent", latent, self.interface.latent_channels)
         return self.resampler.state(latent, metadata)
 
     def render(
@@ -194,6 +202,7 @@ class Bundle:
         As `decode`; `bundle.resampler.draw` gives the same in bands, never holding the whole.
         Raises ArtefactError for a state of another bundle.
         """
+        check_size("size", size)
         bands = self.resampler.draw(state, size, crop, exact, memory, index)
         window = window_of(crop, size)
         pixels = np.empty((self.interface.color_channels, *window[2:]), np.float32)
@@ -205,12 +214,23 @@ class Bundle:
     ) -> NDArray[np.float32]:
         """Pixels float32 `[B, c, h, w]` in [-1, 1] through a latent to `[B, c, *size]`.
 
-        `latent` defaults to the training ratio of the pixels' own size. Raises UsageError.
+        `latent` defaults to `latent_between`. Raises UsageError.
         """
+        check_size("size", size)
+        check_pixels(self.interface, pixels)
         self.check_resample(size)
         height, width = pixels.shape[2:]
-        between = latent or self.interface.latent_size((height, width))
+        between = latent or self.latent_between((height, width), size)
         return self.decode(self.encode(pixels, between), size)
+
+    def latent_between(self, image: Size, size: Size, memory: int | None = None) -> Size:
+        """The latent that an image goes through on its way to `size`, if none is asked for.
+
+        The training ratio of the image's own size, or less where the result is smaller or where
+        the memory that encoding takes ends, the default one's too.
+        """
+        assert isinstance(self.resampler, Resampler)  # check_resample has said so
+        return self.resampler.latent_between(image, size, memory)
 
     def check_resample(self, size: Size) -> None:
         """Raise UsageError where no image can be resampled to `size`."""

@@ -1,8 +1,43 @@
 """What a bundle cannot draw is refused before any engine is opened."""
 
-from runtime.bundle.interface import Size
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle.interface import Interface, Size
+from runtime.errors import UsageError
 from runtime.pipeline.diffuser import Diffuser, distinct
 from runtime.sampling.request import Request
+
+LARGEST_PIXEL = 8.0  # far above what a model overshoots [-1, 1] by, far below 255
+
+
+def check_pixels(interface: Interface, pixels: Any) -> None:
+    """Raise UsageError for pixels that are not float32 `[B, c, h, w]` about [-1, 1]."""
+    check_images("pixels", pixels, interface.color_channels)
+    largest = max(float(pixels.max()), -float(pixels.min()))
+    if not largest <= LARGEST_PIXEL:
+        raise UsageError(
+            f"pixels reach {largest:g}; expected values in [-1, 1]. Of 0 to 255 make them by "
+            "pixels / 127.5 - 1"
+        )
+
+
+def check_images(name: str, values: Any, channels: int) -> None:
+    """Raise UsageError for what is no float32 `[B, channels, height, width]`, `name` in the error.
+
+    None of the axes may be empty.
+    """
+    whole = isinstance(values, np.ndarray) and values.dtype == np.float32 and values.ndim == 4
+    if not whole or values.shape[1] != channels or not values.size:
+        found = (
+            f"{values.dtype} {values.shape}"
+            if isinstance(values, np.ndarray)
+            else f"a {type(values).__name__}"
+        )
+        raise UsageError(
+            f"{name} is {found}; expected float32 [batch, {channels}, height, width] in [-1, 1]"
+        )
 
 
 def check_request(diffuser: Diffuser, request: Request, batch: int | None = None) -> None:
@@ -12,7 +47,7 @@ def check_request(diffuser: Diffuser, request: Request, batch: int | None = None
     """
     manifest, resampler = diffuser.manifest, diffuser.resampler
     interface = manifest.interface
-    request.check(interface.labels)
+    request.check(interface)
     interface.latent_sides.check(request.latent, "latent")
     if request.continue_at is not None:
         interface.latent_sides.check(request.continue_at, "continue-at")

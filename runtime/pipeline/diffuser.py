@@ -157,7 +157,7 @@ class Diffuser:
 
     def guidance(self, request: Request, table: Table) -> Guidance:
         """The conditions of a request and their weights in each step of its table."""
-        return request.guidance(table, self.schedule, len(self.manifest.interface.labels))
+        return request.guidance(table, self.schedule, self.manifest.interface)
 
     def diffuse(self, request: Request, on_step: OnStep | None = None) -> NDArray[np.float32]:
         """The latents `[B, C, H, W]` of a request that was checked; raises StoppedError."""

@@ -1,6 +1,7 @@
 """A bundle's graphs as engines: opened when first needed, kept, checked against a request."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -9,6 +10,8 @@ from runtime.bundle.manifest import Manifest
 from runtime.bundle.profiles import choose
 from runtime.engines import Engine, EngineOptions, open_engine
 from runtime.providers import PROVIDERS
+
+log = logging.getLogger("runtime")
 
 
 class Engines:
@@ -20,6 +23,7 @@ class Engines:
         manifest.check_precision(self.options.form)
         self.opened: dict[tuple[str, str], Engine] = {}
         self._opening: dict[tuple[str, str], threading.Lock] = {}
+        self._said = False
 
     def open(self, graph: str, precision: str | None = None) -> Engine:
         """The engine of a graph, opened on first use; `precision` if not the bundle's own."""
@@ -28,6 +32,7 @@ class Engines:
         with self._opening.setdefault(key, threading.Lock()):
             if key not in self.opened:
                 self.opened[key] = open_engine(self.manifest, graph, options)
+                self._say_fallback(graph, options)
             return self.opened[key]
 
     def open_all(self, graphs: Iterable[str], exact: Iterable[str] = ()) -> None:
@@ -65,6 +70,20 @@ class Engines:
         for one in wanted:
             if one in failed:
                 raise failed[one]
+
+    def _say_fallback(self, graph: str, options: EngineOptions) -> None:
+        """Say once what runs in place of what was asked for."""
+        ran = self.opened[graph, options.precision].provider
+        planned = options.plans and self.manifest.plan(graph, options.form) is None
+        if self._said or not (planned or (ran != options.provider and not options.plans)):
+            return
+        self._said = True
+        asked = "its plan" if planned else options.provider
+        log.warning(
+            "%s runs on %s, since %s cannot run it here; `python -m runtime.doctor` says what is "
+            "missing",
+            *(graph, ran, asked),
+        )
 
     @property
     def provider(self) -> str:

@@ -3,6 +3,7 @@
 Letters: B images, C latent channels, c colours, H × W latent, h × w pixels.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -101,6 +102,16 @@ class Resampler:
         """Raise ResourceError where drawing an image of `size` needs more than `memory` bytes."""
         tiler, graphs = self.tiler(memory), self.drawing(latent, size)
         check_memory(memory, max(tiler.bytes_needed(graph, 1) for graph in graphs))
+
+    def latent_between(self, image: Size, size: Size, memory: int | None = None) -> Size:
+        """See `Bundle.latent_between`."""
+        tiler, interface = self.tiler(memory), self.manifest.interface
+        share = min(1.0, max(size[0] / image[0], size[1] / image[1]))
+        cells = max(1, tiler.room // max(1, tiler.bytes_needed(self.roles.encode, 1)))
+        height, width = interface.latent_size(image)
+        share = min(share, math.sqrt(cells / (height * width)))
+        height, width = max(1, round(image[0] * share)), max(1, round(image[1] * share))
+        return interface.latent_size((height, width))
 
     def enlarge(self, x0: Array, size: Size) -> Array:
         """Latents float32 `[B, C, H, W]` as ones of `size`, by way of their images."""

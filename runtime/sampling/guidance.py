@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from runtime.errors import UsageError
 from runtime.sampling.choices import WHOLE
+from runtime.sampling.labels import Combination
 from runtime.sampling.schedule import Floats
-
-# One image's condition: a label's number, several with weights, or None for no condition.
-Label = int | Mapping[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Guidance:
 
 
 def guidance(
-    labels: Sequence[Label],
+    each: Sequence[Mapping[Combination, float]],
     count: int,
     scale: float,
     times: Floats,
@@ -44,15 +42,15 @@ def guidance(
 ) -> Guidance:
     """eps = eps_null + g · Σ w_i (eps_i - eps_null); g is `scale` within `interval`, outside it 1.
 
-    `times`: t of every step. Conditions that count in no step drop out.
+    `each` image's conditions, as numbers among `count` labels, with their weights w_i. `times`: t
+    of every step. Conditions that count in no step drop out.
     """
-    each = [weighted(label) for label in labels]
     branches = 1 + max(len(w) for w in each)
     conditions = np.zeros((branches, len(each), count), np.float32)
     shares = np.zeros((branches, len(each)), np.float64)
     for image, own in enumerate(each):
-        for branch, (number, weight) in enumerate(own.items(), 1):
-            conditions[branch, image, number] = 1
+        for branch, (numbers, weight) in enumerate(own.items(), 1):
+            conditions[branch, image, list(numbers)] = 1
             shares[branch, image] = weight
     inside = (times >= interval[0]) & (times <= interval[1])
     scales = np.where(inside, scale, 1.0).reshape(-1, 1, 1)
@@ -60,13 +58,6 @@ def guidance(
     weights[:, 0] = 1 - weights[:, 1:].sum(1)
     used = np.abs(weights).max((0, 2)) > 0
     return Guidance(conditions[used], weights[:, used])
-
-
-def weighted(label: Label) -> dict[int, float]:
-    """A condition's labels and their weights."""
-    if label is None:
-        return {}
-    return dict(label) if isinstance(label, Mapping) else {int(label): 1.0}
 
 
 def guide(eps: Any, weights: Sequence[Any]) -> Any:

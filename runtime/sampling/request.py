@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
-from runtime.bundle.interface import Size
+from runtime.bundle.interface import Interface, Size, check_size
 from runtime.errors import UsageError
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
-from runtime.sampling.guidance import Guidance, Label, guidance, weighted
+from runtime.sampling.guidance import Guidance, guidance
+from runtime.sampling.labels import Label, Labels
 from runtime.sampling.noise import COHERENT, KINDS, LARGEST_SEED
 from runtime.sampling.schedule import Schedule, log_snr
 
@@ -17,6 +20,9 @@ MOST_STEPS = 10_000
 @dataclass(frozen=True)
 class Request:
     """One image per entry of `labels`, as one batch; sizes are (height, width).
+
+    A label is a name or a number, a tuple of such of several parts, a mapping of these to weights,
+    or None for no condition.
 
     Image i has the noise of (seed, first_index + i), of the kind `noise`. `steps` evaluations are
     made by `solver` over `spacing` (None: the solver's own numbers of both). guidance_scale 1 runs
@@ -68,13 +74,16 @@ class Request:
         given = (self.solver, schedule, self.count, self.spacing, self.eta)
         return solvers.table(*given, restart=self.turn)
 
-    def guidance(self, table: solvers.Table, schedule: Schedule, labels: int) -> Guidance:
-        """Conditions of `labels` numbers and their weights in each step of a table."""
+    def guidance(self, table: solvers.Table, schedule: Schedule, interface: Interface) -> Guidance:
+        """Conditions and their weights in each step of a table; raises UsageError."""
         times = schedule.time(log_snr(table.alpha_bar[:-1]))
-        return guidance(self.labels, labels, self.guidance_scale, times, self.guidance_interval)
+        each = Labels(interface.labels, interface.parts).of_images(self.labels)
+        count = len(interface.labels)
+        return guidance(each, count, self.guidance_scale, times, self.guidance_interval)
 
-    def check(self, labels: Sequence[str]) -> None:
-        """Raise UsageError for what no bundle with these `labels` can draw."""
+    def check(self, interface: Interface) -> None:
+        """Raise UsageError for what no bundle with this interface's labels can draw."""
+        self.check_types()
         kinds = {
             "solver": (self.solver, SOLVERS),
             "spacing": (self.spacing, (None, *SPACINGS)),
@@ -96,20 +105,30 @@ class Request:
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; expected {low} to {high}")
-        if not self.labels:
-            raise UsageError("no label is given; expected one per image, None for no condition")
-        for label in self.labels:
-            for number in weighted(label):
-                if not labels:
-                    raise UsageError(
-                        f"label {number} is given; this bundle has none: leave labels None"
-                    )
-                if not 0 <= number < len(labels):
-                    raise UsageError(
-                        f"label {number} is not in this bundle; expected 0 to {len(labels) - 1} "
-                        f"({', '.join(labels)})"
-                    )
+        Labels(interface.labels, interface.parts).of_images(self.labels)
         self.check_continuation()
+
+    def check_types(self) -> None:
+        """Raise UsageError where a value is of another type than its field."""
+        for name in ("latent", "image", "continue_at"):
+            if (size := getattr(self, name)) is not None or name == "latent":
+                check_size(name, size)
+        for name in ("steps", "seed", "first_index", "continue_from"):
+            value = getattr(self, name)
+            if value is None and name in ("steps", "continue_from"):
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise _wrong_type(name, value, "a whole number")
+        for name in ("guidance_scale", "eta"):
+            if not isinstance(getattr(self, name), Real):
+                raise _wrong_type(name, getattr(self, name), "a number")
+        for name in ("solver", "spacing", "noise"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _wrong_type(name, getattr(self, name), "a name")
+        interval = self.guidance_interval
+        pair = isinstance(interval, Sequence) and len(interval) == 2
+        if not pair or not all(isinstance(end, Real) for end in interval):
+            raise _wrong_type("guidance_interval", interval, "two numbers, as in (0.2, 0.8)")
 
     def check_continuation(self) -> None:
         """Raise UsageError where steps at `latent` cannot go on at `continue_at`."""
@@ -128,3 +147,7 @@ class Request:
                 f"continue_from is {self.turn} of {self.count} steps; expected some before and "
                 "some after it"
             )
+
+
+def _wrong_type(name: str, value: Any, expected: str) -> UsageError:
+    return UsageError(f"{name} is {value!r}; expected {expected}")

@@ -1,15 +1,19 @@
 """Drawing digits to be judged: estimates on the way, guidance, painted digits."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from reference.classifier import Classifier
 from reference.data import HUES
-from reference.evaluation.drawing import Sampling, TorchDrawing, batches
+from reference.evaluation.drawing import GraphDrawing, Sampling, TorchDrawing, batches
 from reference.evaluation.judging import Judge, judged
 from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
+from runtime import open_bundle
 from tests.tiny import tiny_models
 
 PAINTED = (10, len(HUES), len(HUES))
@@ -64,3 +68,17 @@ def test_a_model_that_paints_is_asked_for_hues_and_judged_by_them() -> None:
     found = judged(draw, judge, (4, 6), 20)
     assert found.keys() == {"read_right", "frechet", "precision", "recall", "hues_right"}
     assert found["hues_right"] < 0.2 and found["frechet"] > 0
+
+
+def test_graphs_draw_rows_of_labels_as_the_models_do(own_bundle: Path, models: R2Models) -> None:
+    path = own_bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["interface"]["parts"] = [4, 3, 3]  # the tiny bundle's ten labels
+    path.write_text(json.dumps(manifest))
+    labels = torch.tensor([[0, 4, 8], [3, 6, 7]])
+    sampling = Sampling(steps=3)
+    by_graphs = GraphDrawing(open_bundle(own_bundle), sampling)(labels, (4, 5)).latents
+    by_models = TorchDrawing(models, sampling)(labels, (4, 5)).latents
+    assert torch.allclose(by_graphs, by_models, rtol=1e-3, atol=1e-4)
+    alone = GraphDrawing(open_bundle(own_bundle), sampling)(labels[:, 0], (4, 5)).latents
+    assert not torch.allclose(by_graphs, alone, rtol=1e-2)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reference import checkpoint
+from reference.families import FAMILIES, R2
 from reference.families.parts.config import read
 from reference.families.parts.layers import LinearAttention
 from reference.families.r2.config import ModelConfig
@@ -171,3 +172,59 @@ def test_attention_starts_local() -> None:
 def test_building_is_deterministic() -> None:
     one, other = (build_models(read_config("tiny"), "").state_dict() for _ in range(2))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_an_interrupt_saves_where_it_stands_and_says_so(
+    colour_training: Path, tmp_path: Path
+) -> None:
+    config = colour_training / "long.toml"
+    text = (colour_training / "colour.toml").read_text()
+    config.write_text(text.replace(f"steps = {STEPS}", "steps = 100000", 1))
+    line = [sys.executable, "-m", "reference.train", "--config", str(config)]
+    line += ["--data", str(colour_training / "data"), "--out", str(tmp_path), "--device", "cpu"]
+    line += ["--save-every", "3"]
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "r2ir.state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "the same command goes on from there" in rest
+    assert "Traceback" not in rest and "fills 2 of 10 labels" in rest
+    step = int(rest.split("r2ir: step ")[1].split(" of")[0])
+    rows = (tmp_path / "r2ir.csv").read_text().splitlines()
+    assert step == len(rows) - 1 >= 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("width = 16\n", "", "width"),
+        ("heads = 2", "heads = 3", "heads"),
+        ("jitter = 1.0\n", "", "jitter"),
+        ("[model.condition]\nlabels = 10\n", "[model.condition]\n", "labels"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_line_that_names_the_key(
+    tmp_path: Path, command: Command, old: str, new: str, words: str
+) -> None:
+    text = (CONFIGS / "tiny.toml").read_text()
+    assert old in text
+    (tmp_path / "own.toml").write_text(text.replace(old, new, 1))
+    args = ("--config", "own.toml", "--data", "nowhere", "--out", "runs")
+    done = command("reference.train", *args)
+    assert done.returncode in (2, 3) and words in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_where_mnist_comes_from_is_said_with_its_hash(tmp_path: Path, command: Command) -> None:
+    args = ("--config", "tiny", "--data", ".", "--out", "runs")
+    done = command("reference.train", *args)
+    assert done.returncode == 3 and "https://" in done.stderr and "ba891046e650" in done.stderr
+
+
+def test_the_configuration_for_folders_starts_from_the_shipped_weights() -> None:
+    models = build_models(read_config("folder"), "folder")
+    shipped = checkpoint.load(checkpoint.SHIPPED).models
+    fresh = FAMILIES[R2].training.start_from(models, shipped)
+    assert not fresh
+    assert models.config.r2ir.color_channels == 3

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.images.pixels import ImageFile, contact_sheet, read_metadata, save_png, to_uint8
+from runtime.images.picture import ImageFile
+from runtime.images.pixels import contact_sheet, read_metadata, save_png, to_uint8
 from tests.conftest import Command
 
 

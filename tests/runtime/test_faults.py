@@ -1,10 +1,12 @@
 """Faults a user may meet: files that reach outside, no memory, signals, leaks."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,22 +225,27 @@ def test_a_signal_ends_with_130_and_no_half_file(
     (tmp_path / "sheet.png").write_bytes(b"old")
     line = [sys.executable, "-m", "runtime.generate", "--engine", tiny_bundle, "--out", out]
     line += ["--count", "2000", "--batch", "1", "--steps", "20", "--threads", "1"]
+    reader, terminal = os.openpty()  # which bars are drawn on
+    termios.tcsetwinsize(terminal, (24, 100))
     with subprocess.Popen(
         list(map(str, line)),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=terminal,
     ) as process:
-        assert process.stderr is not None
+        os.close(terminal)
         said = ""
         while "%" not in said or " 0/" in said:  # the bar has moved: it is drawing
-            said = process.stderr.read(60)
+            said = os.read(reader, 60).decode(errors="replace")
             assert said, "ended before the signal"
         time.sleep(0.3)
         process.send_signal(sent)
-        rest = process.stderr.read()
+        rest = ""
+        with contextlib.suppress(OSError):  # which ends a terminal on Linux
+            while part := os.read(reader, 65536):
+                rest += part.decode(errors="replace")
         assert process.wait(20) == 130
+    os.close(reader)
     assert "interrupted" in rest and "Traceback" not in rest
     assert (tmp_path / "sheet.png").read_bytes() == b"old"
     pictures = [path for path in tmp_path.iterdir() if path.name != "sheet.png"]

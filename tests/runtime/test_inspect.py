@@ -87,7 +87,7 @@ def test_doctor_says_what_to_type_next(tiny_bundle: Path, command: Command) -> N
         assert f"\n{name} " in done.stdout
     last = done.stdout.strip().split("\n")[-1]
     assert last.startswith("next: python -m runtime.generate --engine") and "--provider" in last
-    assert command("runtime.doctor", "nothing").stdout.strip().endswith("next: make export")
+    assert command("runtime.doctor", "nothing").stdout.strip().endswith("next: python -m export")
     found = json.loads(command("runtime.doctor", tiny_bundle, "--json").stdout)
     assert found["providers"]["cpu"] == {
         "available": True,
@@ -95,7 +95,7 @@ def test_doctor_says_what_to_type_next(tiny_bundle: Path, command: Command) -> N
     }
     for name in ("libraries", "providers"):
         own = found[name]["openvino"]
-        assert own["install"] == "python -m pip install '.[openvino]'"
+        assert own["install"] == "python -m pip install 'openvino>=2026.4'"
         here = importlib.util.find_spec("openvino") is not None
         assert own["installed" if name == "libraries" else "available"] == here
     assert found["bundle"]["free_bytes"] > 0 and found["processor"]["cores"] >= 1

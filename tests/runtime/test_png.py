@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from runtime.errors import ArtefactError
-from runtime.images.pixels import ImageFile, save_rows
+from runtime.images.picture import ImageFile
+from runtime.images.pixels import save_rows
 from runtime.images.png import (
     BANDS_AHEAD,
     PngWriter,

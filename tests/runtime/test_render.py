@@ -134,7 +134,8 @@ def test_memory_does_not_grow_with_the_image(tiny_bundle: Path, tmp_path: Path) 
     """1024x3072 pixels, drawn and encoded again: their float32 values alone are 12 MB."""
     code = """
 import numpy as np
-from runtime.images.pixels import ImageFile, save_rows, to_uint8
+from runtime.images.picture import ImageFile
+from runtime.images.pixels import save_rows, to_uint8
 p = open_bundle({bundle!r})
 state = p.state(np.ones((1, 4, 4, 4), np.float32))
 size = ({height}, 1024)

@@ -173,13 +173,13 @@ def test_guidance_weighs_branches() -> None:
 
 def test_outside_the_interval_the_condition_is_alone() -> None:
     times = np.array([0.9, 0.6, 0.3, 0.1])
-    made = guidance([3, None, {1: 0.5, 2: 0.5}], 10, 3.0, times, (0.2, 0.6))
+    made = guidance([{(3,): 1.0}, {}, {(1,): 0.5, (2,): 0.5}], 10, 3.0, times, (0.2, 0.6))
     assert made.conditions.shape == (3, 3, 10)
     # The image without a condition is the null branch's at any time.
     assert [made.branches(step) for step in range(4)] == [(0, 1, 2)] * 4
     assert [w.ravel().tolist() for w in made.at(0)] == [[0, 1, 0], [1, 0, 0.5], [0, 0, 0.5]]
     assert [w.ravel().tolist() for w in made.at(2)] == [[-2, 1, -2], [3, 0, 1.5], [0, 0, 1.5]]
-    made = guidance([3, 4], 10, 3.0, times, (0.2, 0.6))
+    made = guidance([{(3,): 1.0}, {(4,): 1.0}], 10, 3.0, times, (0.2, 0.6))
     assert [len(made.at(step)) for step in range(4)] == [1, 2, 2, 1]
     assert isinstance(made, Guidance) and made.branches(3) == (1,)
 

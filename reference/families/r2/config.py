@@ -45,6 +45,11 @@ class ModelConfig(Section, frozen=True):
     default_latent: Size
 
     def __post_init__(self) -> None:
+        for name, own in (("r2ir", self.r2ir), ("r2id", self.r2id)):
+            if own.width % own.heads:
+                raise ValueError(
+                    f"{name}.width is {own.width}; expected a multiple of heads, {own.heads}"
+                )
         ir, id_ = self.r2ir.latent_channels, self.r2id.latent_channels
         if ir != id_:
             raise ValueError(

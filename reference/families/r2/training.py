@@ -25,6 +25,7 @@ from reference.families.parts.training import (
 )
 from reference.families.r2.config import ModelConfig
 from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir
+from reference.families.r2.initialisation import start_from as start_from  # what --init calls
 from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid

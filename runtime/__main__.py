@@ -1,0 +1,65 @@
+"""The commands: python -m runtime, or r2-edge where the runtime's wheel is installed.
+
+`python -m runtime generate …` is `python -m runtime.generate …`.
+"""
+
+import difflib
+import importlib.util
+import runpy
+import sys
+
+from runtime.cli import table, version
+from runtime.errors import UsageError
+
+COMMANDS = {
+    "generate": "draw images: labels, sizes, steps, guidance, seed",
+    "render": "draw any size or crop of what generate --state has kept",
+    "resample": "take an image through a latent to another size",
+    "inspect": "what a bundle holds, and whether its files are whole",
+    "doctor": "what this machine can run, what to install, what to type next",
+}
+FIRST = "python -m runtime generate --label 7"
+MORE = {
+    "export": "checkpoint → bundle",
+    "export.to_plan": "graphs → TensorRT plans",
+    "export.wheel": "the runtime and a bundle as one wheel",
+    "calibration": "8-bit forms of a bundle's graphs",
+    "calibration.report": "what each precision costs",
+    "calibration.half": "fp16 and bf16 forms of a bundle's graphs",
+    "reference.train": "images → checkpoint",
+    "reference.evaluate": "what a checkpoint is worth",
+    "reference.published": "checkpoints of published code → ours",
+}
+
+
+def main() -> None:
+    """Run the command that is named first, or list them all."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(listed())
+    elif name == "--version":
+        print(version())
+    elif name in COMMANDS:
+        sys.argv = [name, *rest]
+        runpy.run_module(f"runtime.{name}", run_name="__main__", alter_sys=True)
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"; the nearest is {near[0]}" if near else ""
+        print(
+            f"python -m runtime: error: no command {name}{meant}. Help: python -m runtime -h",
+            file=sys.stderr,
+        )
+        sys.exit(UsageError.exit_code)
+
+
+def listed() -> str:
+    """Every command that is installed here, a line each."""
+    rows = [[f"python -m runtime {name}", text] for name, text in COMMANDS.items()]
+    for name, text in MORE.items():
+        if importlib.util.find_spec(name.partition(".")[0]):
+            rows.append([f"python -m {name}", text])
+    return f"{version()}\n\n{table(rows)}\n\nEach has --help. A first picture: " + FIRST
+
+
+if __name__ == "__main__":
+    main()
