@@ -7,11 +7,15 @@ from dataclasses import replace
 from runtime.bundle.manifest import Manifest
 from runtime.bundle.profiles import choose
 from runtime.engines import Engine, EngineOptions, open_engine
+from runtime.engines.finite import FiniteEngine
 from runtime.providers import PROVIDERS
 
 
 class Engines:
-    """Engines by graph and precision, shared by every thread and request of a bundle."""
+    """Engines by graph and precision, shared by every thread and request of a bundle.
+
+    What they give is checked to be finite; the sampler checks that of the step, which it can name.
+    """
 
     def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
         self.manifest = manifest
@@ -26,7 +30,10 @@ class Engines:
         key = graph, options.precision
         with self._opening:
             if key not in self.opened:
-                self.opened[key] = open_engine(self.manifest, graph, options)
+                engine = open_engine(self.manifest, graph, options)
+                spec = self.manifest.graph(graph, options.form)
+                checked = spec.lifetime != "step"
+                self.opened[key] = FiniteEngine(engine, spec.file) if checked else engine
             return self.opened[key]
 
     def open_all(self, graphs: Iterable[str]) -> None:

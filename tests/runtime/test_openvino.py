@@ -103,7 +103,7 @@ def test_only_the_step_runs_in_bf16_and_needs_no_graph_of_its_own(manifest: Mani
     assert "bf16" not in manifest.variants
     half = Bundle(manifest, options(precision="bf16"))
     for graph in manifest.graphs:
-        engine = half.engines.open(graph)
+        engine = open_engine(manifest, graph, options(precision="bf16"))
         assert isinstance(engine, OpenVinoEngine)
         wanted = "bf16" if graph == "r2id" else "f32"
         assert engine.properties["INFERENCE_PRECISION_HINT"] == wanted, graph
