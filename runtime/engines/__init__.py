@@ -113,7 +113,8 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
         from runtime.engines.openvino import OpenVinoEngine
 
         try:
-            return OpenVinoEngine(spec, manifest.file_bytes(spec), options)
+            usual = manifest.interface.default_latent
+            return OpenVinoEngine(spec, manifest.file_bytes(spec), options, usual)
         except IncompatibleError:
             if not options.allow_fallback:
                 raise

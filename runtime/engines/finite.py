@@ -13,12 +13,7 @@ class FiniteEngine:
     """An engine of a graph in `file` that raises NumericalError where a result is not finite."""
 
     def __init__(self, engine: Engine, file: str):
-        self.engine, self.file = engine, file
-
-    @property
-    def provider(self) -> str:
-        """What runs the graph."""
-        return self.engine.provider
+        self.engine, self.file, self.provider = engine, file, engine.provider
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
