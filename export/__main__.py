@@ -18,6 +18,7 @@ from export.to_onnx import OPSET
 from export.verify import trajectory_parity
 from reference import checkpoint
 from runtime import cli
+from runtime.bundle.commit import commit
 from runtime.bundle.files import staging
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, Source
 
@@ -27,10 +28,7 @@ def export(args: argparse.Namespace) -> None:
     loaded = checkpoint.load(args.checkpoint)
     out: Path = args.out
     with staging(out) as scratch:
-        manifest = make_bundle(loaded, scratch)
-        for _, spec in manifest.forms():
-            (scratch / spec.file).replace(out / spec.file)
-        manifest.write(out)
+        commit(manifest := make_bundle(loaded, scratch), out, scratch)
     print(f"bundle: {out} ({len(manifest.graphs)} graphs, {worst(manifest)})")
 
 

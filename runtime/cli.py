@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
 DEFAULT_ENGINE = Path("r2id.onnx")  # looked for here, then in build/mnist
 LARGEST_SIDE = 1 << 20
+MOST_NUMBERS = 100_000
 SIZE = re.compile(r"(\d+)x(\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
 
@@ -201,6 +202,10 @@ def integers(text: str) -> list[int]:
         if first > last:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no list of numbers; expected one as in 7 or 1,3 or 0-9"
+            )
+        if len(numbers) + last - first >= MOST_NUMBERS:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} lists more than the {MOST_NUMBERS} numbers that are drawn at most"
             )
         numbers += range(first, last + 1)
     return numbers

@@ -3,13 +3,16 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from runtime import cli
 from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
+from runtime.recipe import MOST_IMAGES, read_recipe
 from runtime.render import Drawing
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from runtime.sampling.guidance import Label
 
 SHEET_COLUMNS = 10
-MOST_IMAGES = 100_000
 PREVIEW_SIDE, PREVIEW_STEPS = 8, 6  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
@@ -59,6 +61,8 @@ def labels(text: str) -> "list[Label]":
             found.append(dict(zip(numbers, shares, strict=True)))
         else:
             found += cli.integers(part)
+        if len(found) > MOST_IMAGES:
+            raise argparse.ArgumentTypeError(f"lists more than the {MOST_IMAGES} that are drawn")
     return found
 
 
@@ -115,17 +119,15 @@ def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
     A PNG that names no solver was drawn before there was a choice: by DDIM.
     """
+    made = metadata.get("request")
+    if isinstance(made, dict) and "solver" not in made:
+        made = BEFORE | made
     try:
-        made = metadata["request"]
-        made = made if "solver" in made else BEFORE | made
-        return {key: _from_json(key, made[key]) for key in DEFAULTS}
-    except (
-        *(KeyError, TypeError, ValueError, IndexError, AttributeError),
-        argparse.ArgumentTypeError,
-    ) as error:
+        return read_recipe(made)
+    except msgspec.ValidationError as error:
         raise ArtefactError(
-            f"{png}: its metadata holds no whole request ({type(error).__name__}: {error}); "
-            "expected a PNG made by runtime.generate, unaltered"
+            f"{png}: its metadata holds no whole request ({error}); expected a PNG made by "
+            "runtime.generate, unaltered"
         ) from None
 
 
@@ -138,34 +140,6 @@ def made_in(png: Path, metadata: dict[str, Any]) -> str:
             f"{', '.join(cli.PRECISIONS)}. Choose one with --precision"
         )
     return str(precision)
-
-
-def _from_json(key: str, value: Any) -> Any:
-    if value is None and key.startswith("continue"):
-        return None
-    if key == "guidance_interval":
-        return cli.interval("{}..{}".format(*value))
-    if key in ("continue_from", "steps"):
-        return int(value)
-    if key in ("solver", "spacing"):
-        known = SOLVERS if key == "solver" else SPACINGS
-        if value not in known:
-            raise ValueError(f"{key} {value!r}")
-        return value
-    if key in ("latent", "image", "continue_at"):
-        height, width = value
-        return int(height), int(width)
-    if key == "crop":
-        return None if value is None else cli.crop(",".join(map(str, value)))
-    if key == "label":
-        return [_label_from_json(label) for label in value]
-    return type(DEFAULTS[key])(value)
-
-
-def _label_from_json(label: Any) -> "Label":
-    if isinstance(label, Mapping):
-        return {int(number): float(weight) for number, weight in label.items()}
-    return None if label is None else int(label)
 
 
 def output_paths(out: Path, count: int, first_index: int) -> list[Path]:
@@ -189,9 +163,10 @@ def generate(args: argparse.Namespace) -> None:
     if args.from_png is not None:
         check_bundle(bundle, args.from_png)
     resolve(bundle, wanted)
+    images = len(wanted["label"]) * wanted["count"]
+    if images > MOST_IMAGES:
+        raise UsageError(f"{images} images are asked for; expected at most {MOST_IMAGES}")
     each: list[Label] = [label for label in wanted["label"] for _ in range(wanted["count"])]
-    if len(each) > MOST_IMAGES:
-        raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
     runs = [(wanted, args.out)]
     if args.preview:
         runs.insert(0, (preview(bundle, wanted), args.out.with_stem(f"{args.out.stem}-preview")))

@@ -6,16 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from runtime.errors import ArtefactError, ResourceError
+from runtime.errors import ArtefactError, ResourceError, ToolkitError
 
 TEMPORARY_PREFIX = ".partial-"
 LOCK_NAME = ".lock"
+LARGEST_FILE = 1 << 34  # bytes; what is smaller by nature has a limit of its own
+LONGEST_REASON = 300  # characters of another library's message that an error of ours repeats
+O_BINARY = getattr(os, "O_BINARY", 0)  # Windows alone has texts of its own
 
 
 def sha256(data: bytes) -> str:
@@ -23,22 +27,68 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_bytes(path: Path, what: str, remedy: str) -> bytes:
-    """The bytes of a file; raises ArtefactError naming `what` it should hold and the remedy."""
-    with open_file(path, what, remedy) as file:
-        return file.read()
+def read_bytes(
+    path: Path, what: str, remedy: str, most: int = LARGEST_FILE, within: Path | None = None
+) -> bytes:
+    """The bytes of a file, read once; see `open_file` for the arguments and errors."""
+    with open_file(path, what, remedy, most, within) as file:
+        return file.read(most)
 
 
-def open_file(path: Path, what: str, remedy: str) -> IO[bytes]:
-    """A file opened for reading; raises ArtefactError as `read_bytes` does."""
+def open_file(
+    path: Path, what: str, remedy: str, most: int = LARGEST_FILE, within: Path | None = None
+) -> IO[bytes]:
+    """A regular file of at most `most` bytes, opened for reading.
+
+    `within`: the folder that it must lie in after all symbolic links. Raises ArtefactError naming
+    `what` it should hold and the remedy, ResourceError where it cannot be read.
+    """
+    expected = f"expected {what}. {remedy}"
     try:
-        return path.open("rb")
+        if within is not None and not path.resolve().is_relative_to(within.resolve()):
+            raise ArtefactError(f"{path}: leads out of {within} to {path.resolve()}; {expected}")
+        # A pipe without a writer is opened at once, and refused below.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | O_BINARY)
     except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file; expected {what}. {remedy}") from None
-    except IsADirectoryError:
-        raise ArtefactError(f"{path}: is a folder; expected {what}. {remedy}") from None
+        raise ArtefactError(f"{path}: no such file; {expected}") from None
+    except (PermissionError, IsADirectoryError) as error:  # Windows: the first for both
+        if path.is_dir():
+            raise ArtefactError(f"{path}: is a folder; {expected}") from None
+        raise ResourceError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except ValueError:
+        if "\0" in str(path) or not str(path).isprintable():
+            raise ArtefactError(f"{str(path)!r}: is no file's name; {expected}") from None
+        raise
+    status = os.fstat(descriptor)
+    problem = ""
+    if stat.S_ISDIR(status.st_mode):
+        problem = "is a folder"
+    elif not stat.S_ISREG(status.st_mode):
+        problem = "is no regular file"
+    elif status.st_size > most:
+        problem = f"has {status.st_size} bytes, more than the {most} that are read"
+    if problem:
+        os.close(descriptor)
+        raise ArtefactError(f"{path}: {problem}; {expected}")
+    return os.fdopen(descriptor, "rb")
+
+
+@contextlib.contextmanager
+def parsing(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """The one place where what a parser raises on a file's bytes becomes an ArtefactError.
+
+    Parsers of other libraries document few of their errors. Ours, and a lack of memory, pass.
+    """
+    try:
+        yield
+    except (ToolkitError, MemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:LONGEST_REASON]
+        reason = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        raise ArtefactError(f"{path}: no {what} ({reason}). {remedy}") from None
 
 
 def check_writable(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
-from runtime.engines.onnx_file import check_self_contained
+from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
 from runtime.memory import memory_error
 from runtime.providers import PROVIDERS, Provider
@@ -51,6 +51,8 @@ class OnnxRuntimeEngine:
             options = replace(options, provider="cpu", provider_options={})
             self.session = _open(spec, model, options)
         self.provider = options.provider
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        check_interface(spec, *({t.name: t.shape for t in own} for own in (inputs, outputs)))
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None

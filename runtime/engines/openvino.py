@@ -16,7 +16,7 @@ import numpy as np
 from runtime.bundle.interface import Size
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
-from runtime.engines.onnx_file import check_self_contained
+from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
 from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
@@ -89,6 +89,7 @@ class OpenVinoEngine:
             reduce_tokens(self.graph)
         except Exception as error:  # RuntimeError for everything, from a C++ library
             raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
+        check_interface(spec, shapes_of(self.graph.inputs), shapes_of(self.graph.outputs))
         self.compiled: dict[tuple[Shape, ...], Any] = {}  # the one used last at the end
         self._compiling = threading.Lock()
         self._threads = threading.local()
@@ -162,6 +163,16 @@ class OpenVinoEngine:
                 f"--provider openvino: {self.spec.file}: {_refusal(error)}. Check each "
                 "--provider-option, or choose --provider cpu or --allow-fallback"
             ) from None
+
+
+def shapes_of(ports: Any) -> dict[str, list[int | None]]:
+    """The axes of a graph's inputs or outputs by name, None where they are dynamic."""
+    return {
+        port.any_name: [
+            None if axis.is_dynamic else axis.get_length() for axis in port.partial_shape
+        ]
+        for port in ports
+    }
 
 
 def _nothing() -> Any:

@@ -30,10 +30,10 @@ class Engines:
         key = graph, options.precision
         with self._opening:
             if key not in self.opened:
-                engine = open_engine(self.manifest, graph, options)
+                self.opened[key] = open_engine(self.manifest, graph, options)
                 spec = self.manifest.graph(graph, options.form)
-                checked = spec.lifetime != "step"
-                self.opened[key] = FiniteEngine(engine, spec.file) if checked else engine
+                if spec.lifetime != "step":
+                    self.opened[key] = FiniteEngine(self.opened[key], spec.file)
             return self.opened[key]
 
     def open_all(self, graphs: Iterable[str]) -> None:

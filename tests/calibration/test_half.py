@@ -266,7 +266,7 @@ def test_a_rerun_replaces_and_may_be_killed(
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         half.add_variants(args)
-    assert whole(own_bundle).variants == {}
+    assert [*whole(own_bundle).variants] == ["fp16"]
     monkeypatch.setattr(Path, "replace", replacing)
     half.add_variants(args)
     assert [*whole(own_bundle).variants] == ["fp16"]
