@@ -28,7 +28,7 @@ from runtime.memory import peak_resident, resident
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reference.checkpoint import Models
+    from reference.families.r2.model import R2Models
 
 Size = tuple[int, int]
 Step = Callable[[], Array]
@@ -116,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("build/bench"), help="folder of the results (build/bench)")
 
 
-def build(config: str) -> "Models":
+def build(config: str) -> "R2Models":
     """A configuration with random weights, the same in every process.
 
     Fresh models have keys like their queries and biases of zero: engines compute the former once
@@ -204,11 +204,11 @@ def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -
     return quantized(model, own, FORMS["int8"], ranges[100])
 
 
-def width(models: "Models") -> int:
+def width(models: "R2Models") -> int:
     return models.config.r2id.width
 
 
-def gemm_interface(models: "Models") -> Interface:
+def gemm_interface(models: "R2Models") -> Interface:
     axes = (1, "rows", width(models))
     return (TensorSpec("x", "float32", axes),), (TensorSpec("y", "float32", axes),)
 
@@ -247,7 +247,7 @@ def export_published(config: str) -> Any:
     return program.model_proto
 
 
-def gemm_graph(models: "Models") -> Any:
+def gemm_graph(models: "R2Models") -> Any:
     """An FFN's two products and nothing between them: `[1, rows, d]` -> `[1, rows, d]`."""
     from onnx import TensorProto, helper, numpy_helper
 
@@ -283,7 +283,7 @@ def count_flops(module: Any, inputs: "dict[str, Tensor]") -> int:
     return int(counter.get_total_flops())
 
 
-def plain_inputs(models: "Models", size: Size) -> "dict[str, Tensor]":
+def plain_inputs(models: "R2Models", size: Size) -> "dict[str, Tensor]":
     """What the published model takes in every step."""
     import torch
 
@@ -299,7 +299,7 @@ def plain_inputs(models: "Models", size: Size) -> "dict[str, Tensor]":
     }
 
 
-def our_inputs(models: "Models", size: Size) -> "dict[str, Tensor]":
+def our_inputs(models: "R2Models", size: Size) -> "dict[str, Tensor]":
     """What our step graph takes: the rest was computed once."""
     from export.families.r2 import bundle as r2
 

@@ -7,9 +7,9 @@ outputs agree.
 
 import torch
 import torch.nn.functional as F
+from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 
-from reference.checkpoint import Models
 from reference.families.parts.layers import (
     ATTENTION_EPSILON,
     GRN_EPSILON,
@@ -75,7 +75,7 @@ def run_block(block: EncoderBlock, x: Tensor, film: Tensor, text: Tensor | None 
 class PublishedR2ID(nn.Module):
     """One guided step, everything computed in it but the coordinates."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         self.models = models
 

@@ -38,8 +38,8 @@ from export.chunk import chunk_ffn
 from export.families.r2 import bundle as r2
 from export.families.r2 import graphs, parts
 from export.to_onnx import GraphSource, onnx_from_source
-from reference.checkpoint import Models
 from reference.families.parts.layers import ATTENTION_EPSILON
+from reference.families.r2.model import R2Models
 from runtime import cli
 from runtime.bundle.files import atomic_write
 from runtime.bundle.interface import size_name
@@ -78,7 +78,7 @@ def by_heads(self: parts.Attention, x: Tensor) -> Tensor:
 class Inside(nn.Module):
     """The step graph with one of its inputs computed in it: `make` of a tensor of its own."""
 
-    def __init__(self, models: Models, name: str, make: nn.Module):
+    def __init__(self, models: R2Models, name: str, make: nn.Module):
         super().__init__()
         self.step, self.make, self.name = graphs.Denoise(models), make, name
 
@@ -97,7 +97,7 @@ class Inside(nn.Module):
 class Apart(nn.Module):
     """The step graph run for every condition on its own, the encoder's blocks included."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         self.step = graphs.Denoise(models)
 
@@ -124,7 +124,7 @@ CHUNKED = "FFNs in chunks"
 SHARED = "encoder once for all conditions"
 
 
-def forms(models: Models, size: Size) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+def forms(models: R2Models, size: Size) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
     """Module and inputs of the step graph, and of each form of it with a rewrite undone."""
     ours, plain = our_inputs(models, size), plain_inputs(models, size)
     makers = {source.name: source.module for source in r2.sources(models)}

@@ -123,7 +123,7 @@ def trajectory_parity(family: Family, models: Any, manifest: Manifest) -> Trajec
     guidance = bundle.diffuser.guidance(request, table)
     start = torch.from_numpy(bundle.diffuser.noise(request, request.latent).draw())
     with torch.inference_mode():
-        denoise = family.denoiser(models, torch.from_numpy(guidance.conditions), table.alpha_bar)
+        denoise = models.denoiser(torch.from_numpy(guidance.conditions), table.alpha_bar)
         weights = [float(weight[0, 0, 0, 0]) for weight in guidance.at(0)]
         wanted = sample(guided(denoise, weights), start, table)
         pixels = family.decode(models, wanted, interface.image_size(request.latent))

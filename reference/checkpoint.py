@@ -1,72 +1,54 @@
-"""Checkpoints: one safetensors file with tensors under `r2ir.`, `r2id.`, `condition.`.
+"""Checkpoints: one safetensors file, its tensors named by the network that they belong to.
 
-The metadata holds two JSON texts: `config` (ModelConfig) and `provenance` (how it was made).
+The metadata holds the family's name (R2's where there is none) and two JSON texts: `config` (what
+the family's [model] says) and `provenance` (how it was made).
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from reference.families.r2.config import ModelConfig
-from reference.families.r2.r2id import R2ID
-from reference.families.r2.r2ir import R2IR
-from reference.families.r2.text import LabelCondition
+from reference.families import FAMILIES, R2, Family, family_of
+from reference.families.parts.models import Models
 from runtime.bundle.files import atomic_write, read_bytes, sha256
 from runtime.errors import ArtefactError
-from runtime.sampling.schedule import Floats
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 LONGEST_HEADER = 100 << 20  # as the safetensors format allows
 LISTED = 8  # differences named in one error
 
 
-class Models(nn.Module):
-    """R2IR, R2ID and the label condition of one checkpoint."""
-
-    def __init__(self, config: ModelConfig, **dropouts: Any):
-        super().__init__()
-        self.config = config
-        self.r2ir = R2IR(config.r2ir, **dropouts.get("r2ir", {}))
-        self.r2id = R2ID(config.r2id, **dropouts.get("r2id", {}))
-        self.condition = LabelCondition(config.condition, config.r2id.width)
-
-    def denoiser(self, labels: Tensor, alpha_bar: Floats) -> Callable[[Tensor, int], Tensor]:
-        """eps `[K, ..]` of x at a step, the number of one of the nodes `alpha_bar` of a table.
-
-        `labels`: conditions `[K, B, labels]`, the zero label being null.
-        """
-        text = self.condition(labels)  # [K, B, T, d]
-        alpha_bars = torch.from_numpy(alpha_bar).float().to(text.device)
-
-        def denoise(x: Tensor, step: int) -> Tensor:
-            eps: Tensor = self.r2id(x, alpha_bars[step].expand(len(x)), text)
-            return eps
-
-        return denoise
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint opened: models in eval mode and float32, where they came from, file hash."""
+    """A checkpoint opened: its family's models in eval mode and float32, provenance, file hash."""
 
-    models: Models
+    family: Family
+    models: Any
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
 
 
 def save(path: Path, models: Models, provenance: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write `models` as `dtype` (float16 halves the file); whole or not at all."""
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in models.state_dict().items()}
+    """Write `models` as `dtype` (float16 halves the file); whole or not at all.
+
+    Buffers stay float32: what is drawn once and never learnt must come back as it was.
+    """
+    drawn = {name for name, _ in models.named_buffers()}
+    state = {
+        name: tensor.to(torch.float32 if name in drawn else dtype).contiguous()
+        for name, tensor in models.state_dict().items()
+    }
     metadata = {
-        "config": json.dumps(models.config.to_json()),
+        "family": family_of(models).name,
+        "config": json.dumps(msgspec.to_builtins(models.config)),
         "provenance": json.dumps(provenance),
     }
     with atomic_write(path) as file:
@@ -83,11 +65,15 @@ def load(path: Path) -> Checkpoint:
             f"{path}: metadata without {missing}; expected a checkpoint of this toolkit. "
             "Convert published weights with: python -m reference.published"
         )
-    config = ModelConfig.from_json(_json(metadata["config"], path), f"{path}")
-    models = Models(config)
+    family = FAMILIES.get(metadata.get("family", R2))
+    if family is None:
+        raise ArtefactError(
+            f"{path}: of the family {metadata['family']!r}; expected one of {sorted(FAMILIES)}"
+        )
+    models = family.open(_json(metadata["config"], path), f"{path}")
     load_tensors(models, tensors, path)
     provenance = _json(metadata["provenance"], path)
-    return Checkpoint(models.eval().requires_grad_(False), provenance, sha256(data))
+    return Checkpoint(family, models.eval().requires_grad_(False), provenance, sha256(data))
 
 
 def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

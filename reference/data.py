@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.errors import ArtefactError
+from runtime.errors import ArtefactError, UsageError
 from runtime.images.idx import MAGIC, read_idx
 
 # SHA-256 of the four standard files, uncompressed (LeCun, Cortes and Burges, "MNIST").
@@ -62,6 +62,17 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def cropped(self, side: int) -> "Images":
+        """The middle `side` × `side` of each image; raises UsageError for a larger side."""
+        margin, odd = divmod(self.pixels.shape[-1] - side, 2)
+        if margin < 0 or odd:
+            raise UsageError(
+                f"image = {side} of a data set of {self.pixels.shape[-1]} pixels a side; expected "
+                "as many or fewer, by an even number"
+            )
+        middle = slice(margin, margin + side)
+        return replace(self, pixels=self.pixels[..., middle, middle])
 
     def to(self, device: torch.device) -> "Images":
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
@@ -151,15 +162,16 @@ def load_folder(folder: Path, channels: int, side: int, labels: int) -> Images:
     return Images(channels_first, torch.tensor(numbers), names, pad=False)
 
 
-def fit(pixels: Tensor, height: int, width: int, pad: bool) -> Tensor:
+def fit(pixels: Tensor, height: int, width: int, pad: bool, mode: str = "bilinear") -> Tensor:
     """uint8 `[B, c, s, s]` -> float32 `[B, c, height, width]` in [-1, 1], undistorted.
 
-    Another aspect ratio is met by padding with -1 on both sides, or by cropping both sides.
+    Another aspect ratio is met by padding with -1 on both sides, or by cropping both sides; another
+    size by resampling, `mode` being "bilinear" or "bicubic", antialiased.
     """
     x = pixels.float() / 127.5 - 1
     side = min(height, width) if pad else max(height, width)
     if side != x.shape[-1]:
-        x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+        x = F.interpolate(x, size=(side, side), mode=mode, antialias=True).clamp(-1, 1)
     if pad:
         top, left = (height - side) // 2, (width - side) // 2
         margins = (left, width - side - left, top, height - side - top)

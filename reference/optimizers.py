@@ -1,13 +1,14 @@
-"""Optimizers over a model's parameters, their state as plain tensors."""
+"""Optimizers over a task's parameters, their state as plain tensors."""
 
-import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from reference.families.parts.training import Task
 
 KINDS = ("adamw", "muon")
-IN_BLOCK = re.compile(r"(encoder|decoder)\.\d+\.(attention|cross|ffn)\.")
+BETAS = (0.9, 0.99)  # of AdamW, where a family's stages do not name them
 
 
 class Optimizers:
@@ -18,21 +19,29 @@ class Optimizers:
     "Muon is Scalable for LLM Training", eq. 4.
     """
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]):
-        named, decay = dict(model.named_parameters()), config["weight_decay"]
-        matrices = {
-            name: p
-            for name, p in named.items()
-            if config["optimizer"] == "muon" and p.ndim == 2 and IN_BLOCK.search(name)
-        }
-        others = [p for name, p in named.items() if name not in matrices]
+    def __init__(self, task: Task, config: dict[str, Any]):
+        named, decay = dict(task.model.named_parameters()), config["weight_decay"]
+        matrices: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
+        for group in task.groups():
+            muon = {
+                name
+                for name in group.names
+                if config["optimizer"] == "muon"
+                and named[name].ndim == 2
+                and task.is_block_matrix(name)
+            }
+            own = {"weight_decay": decay if group.decayed else 0.0, "share": group.share}
+            for listed, names in ((matrices, muon), (others, set(group.names) - muon)):
+                if names:
+                    chosen = [named[name] for name in group.names if name in names]
+                    listed.append({"params": chosen, **own})
+        betas = tuple(config.get("betas", BETAS))
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+            torch.optim.AdamW(others, betas=betas, fused=True)
         ]
         if matrices:
-            scale = "match_rms_adamw"
-            muon = torch.optim.Muon(matrices.values(), weight_decay=decay, adjust_lr_fn=scale)
-            self.parts.append(muon)
+            self.parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -42,7 +51,7 @@ class Optimizers:
         """One update with the learning rate `rate`."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             part.step()
 
     def state(self) -> dict[str, Tensor]:

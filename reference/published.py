@@ -1,12 +1,16 @@
-"""Convert checkpoints of the published code: three state dicts (`.pt`) into one checkpoint.
+"""Convert checkpoints of published code into ours, whichever family they are of.
 
-python -m reference.published r2ir.pt r2id.pt text.pt out.safetensors
+python -m reference.published r2ir.pt r2id.pt text.pt OUT      R2
+python -m reference.published denoiser.pt text.pt OUT          SIID, S2ID
+python -m reference.published hdit.safetensors OUT             k-diffusion's HDiT: slim, or .pt
+
+Files are told apart by the tensors in them. What shapes do not tell is asked for. Nothing in a file
+is run: a pickle that holds more than tensors and plain data is refused.
 """
 
 import argparse
-import math
+import json
 import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,61 +19,43 @@ import torch
 from torch import Tensor
 
 from reference import checkpoint
-from reference.families.parts.embeddings import frequencies
-from reference.families.r2.config import ConditionConfig, ModelConfig, R2IDConfig, R2IRConfig
+from reference.families import FAMILIES, Conversion, Family
+from reference.families.parts.published import Published
 from runtime import cli
 from runtime.bundle.files import check_writable, read_bytes, sha256
 from runtime.errors import ArtefactError, UsageError
 
-# Published key (left) to ours (right), in the order in which they are tried.
-RENAMES = {
-    "r2ir": [
-        (r"^enc_blocks\.", "encoder."),
-        (r"^dec_blocks\.", "decoder."),
-        (r"^color_to_embed_proj\.", "color_in."),
-        (r"^pos_to_embed_proj\.", "query_in."),
-        (r"^latent_to_embed_proj\.", "latent_in."),
-        (r"^enc_out_proj\.0\.", "latent_out."),
-        (r"^dec_out_proj\.0\.", "color_out."),
-        (r"\.attn_ada\.", ".attention_norm."),
-        (r"\.attn\.", ".attention."),
-        (r"\.attn_scalar$", ".attention_scale"),
-        (r"\.ffn_scalar$", ".ffn_scale"),
-        (r"\.final_scalar$", ".block_scale"),
-        (r"\.ffn\.0\.", ".ffn.up."),
-        (r"\.ffn\.3\.", ".ffn.down."),
-    ],
-    "r2id": [
-        (r"^enc_blocks\.", "encoder."),
-        (r"^dec_blocks\.", "decoder."),
-        (r"^proj_to_latent\.", "latent_in."),
-        (r"^latent_to_epsilon\.", "eps_out."),
-        (r"^film_proj\.", "film."),
-        (r"\.self_ada\.", ".attention_norm."),
-        (r"\.cross_ada\.", ".cross_norm."),
-        (r"\.ffn_ada\.", ".ffn_norm."),
-        (r"\.gb\.0\.", ".film."),
-        (r"\.self_attn\.mha\.", ".attention."),
-        (r"\.cross_attn\.mha\.", ".cross."),
-        (r"\.self_scalar$", ".attention_scale"),
-        (r"\.cross_scalar$", ".cross_scale"),
-        (r"\.ffn_scalar$", ".ffn_scale"),
-        (r"\.final_scalar$", ".block_scale"),
-        (r"\.ffn\.net\.0\.", ".ffn.up."),
-        (r"\.ffn\.net\.3\.", ".ffn.down."),
-    ],
-    "condition": [(r"^token_proj\.", "project."), (r"^token_norm\.", "norm.")],
-}
-LETTERS = {"q": "query", "k": "key", "v": "value", "o": "out"}
-FREQUENCIES = ("pos_embed.frequencies", "time_embed.frequencies")
-State = Mapping[str, Tensor]
+WEIGHTS = ("model_ema", "model")  # of a training checkpoint, the averaged ones first
+LISTED = 3  # names of tensors in an error
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict, read without running code; raises ArtefactError for anything more."""
-    data = read_bytes(path, "a state dict (.pt)", "Pass r2ir.pt r2id.pt text.pt in this order")
+def read_file(path: Path) -> Published:
+    """Tensors and settings of a file; raises ArtefactError for one that holds neither."""
+    if path.suffix == ".safetensors":
+        data = read_bytes(path, "a published checkpoint (.safetensors)", "Check its name")
+        tensors, metadata = checkpoint.parse(data, path)
+        return Published(path, tensors, parse_settings(metadata.get("config"), path))
+    loaded = read_pickle(path)
+    settings = None
+    if not all(isinstance(value, Tensor) for value in loaded.values()):
+        key = next((key for key in WEIGHTS if isinstance(loaded.get(key), Mapping)), None)
+        if key is None:
+            found = ", ".join(map(str, list(loaded)[:LISTED]))
+            raise ArtefactError(
+                f"{path}: holds {found} …; expected a state dict, or a training checkpoint with "
+                f"{' or '.join(WEIGHTS)}"
+            )
+        settings, loaded = loaded.get("config"), loaded[key]
+        if not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise ArtefactError(f"{path}: {key} holds more than tensors; expected a state dict")
+    return Published(path, dict(loaded), settings)
+
+
+def read_pickle(path: Path) -> Mapping[str, Any]:
+    """What torch.save wrote, read without running code; raises ArtefactError."""
+    data = read_bytes(path, "a state dict (.pt)", "Check its name")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ArtefactError(
@@ -81,134 +67,77 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(
             f"{path}: {len(data)} bytes that torch cannot read ({reason}); copy it again"
         ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ArtefactError(f"{path}: holds {type(state).__name__}; expected a dict of tensors")
-    return dict(state)
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ArtefactError(f"{path}: holds {type(loaded).__name__}; expected a dict of tensors")
+    return loaded
 
 
-def rename(state: State, part: str) -> dict[str, Tensor]:
-    """Our names and shapes: 1×1 convolutions `[out, in, 1, 1]` become matrices."""
-    renamed = {}
-    for key, tensor in state.items():
-        if key in FREQUENCIES:
-            continue
-        for pattern, replacement in RENAMES[part]:
-            key = re.sub(pattern, replacement, key)
-        key = re.sub(r"\.([qkvo])(?:ut)?_proj\.", lambda m: f".{LETTERS[m[1]]}.", key)
-        key = re.sub(r"\.norm_([qk])\.", lambda m: f".{LETTERS[m[1]]}_norm.", key)
-        renamed[f"{part}.{key}"] = tensor.flatten(1) if tensor.ndim == 4 else tensor
-    return renamed
+def parse_settings(text: str | bytes | None, path: Path) -> Any:
+    """A JSON configuration; raises ArtefactError for text that is none."""
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ArtefactError(f"{path}: its configuration is not JSON ({error})") from None
 
 
-class Shapes:
-    """Reads numbers of a configuration off a state dict's shapes."""
-
-    def __init__(self, state: State, path: Path):
-        self.state, self.path = state, path
-
-    def at(self, key: str, dimension: int) -> int:
-        if key not in self.state or self.state[key].ndim <= dimension:
-            raise ArtefactError(
-                f"{self.path}: no tensor {key} of {dimension + 1} dimensions or more; expected a "
-                "published checkpoint. Pass r2ir.pt r2id.pt text.pt in this order"
-            )
-        return self.state[key].shape[dimension]
-
-    def blocks(self, prefix: str) -> int:
-        pattern = re.compile(rf"{prefix}\.(\d+)\.")
-        numbers = {int(match[1]) for key in self.state if (match := pattern.match(key))}
-        return len(numbers)
-
-    def split(self, key: str) -> tuple[int, int]:
-        """High and low frequencies: the stored ones are π·2^n, of which the first is π/2^low."""
-        count = self.at(key, 0)
-        first = float(self.state[key].flatten()[0]) if count else math.pi
-        low = round(-math.log2(first / math.pi)) if first > 0 else -1
-        if not 0 <= low <= count or not torch.allclose(
-            self.state[key], frequencies(count - low, low)
-        ):
-            raise ArtefactError(
-                f"{self.path}: {key} holds {self.state[key].tolist()}; expected octaves of π that "
-                "begin at π or below it. Pass a published checkpoint"
-            )
-        return count - low, low
+def read_files(paths: list[Path], config: Path | None) -> list[Published]:
+    """Every file; a .json among them, or `config`, is the settings of them all."""
+    texts = [path for path in [*paths, config] if path is not None and path.suffix == ".json"]
+    if config is not None and config not in texts:
+        raise UsageError(f"--config {config}: expected a .json file")
+    if len(texts) > 1:
+        raise UsageError(f"{len(texts)} configurations: {texts}; expected one at most")
+    files = [read_file(path) for path in paths if path not in texts]
+    if texts:
+        data = read_bytes(texts[0], "a configuration (.json)", "Check its name")
+        settings = parse_settings(data, texts[0])
+        files = [Published(file.path, file.tensors, settings) for file in files]
+    return files
 
 
-def config_from_shapes(shapes: dict[str, Shapes], args: argparse.Namespace) -> ModelConfig:
-    """The configuration, as far as shapes and stored frequencies tell; heads are options."""
-    r2ir, r2id, text = (shapes[part] for part in ("r2ir", "r2id", "condition"))
-    width = r2id.at("proj_to_latent.weight", 0)
-    ir_high, ir_low = r2ir.split("pos_embed.frequencies")
-    id_high, id_low = r2id.split("pos_embed.frequencies")
-    time_high, time_low = r2id.split("time_embed.frequencies")
-    return ModelConfig(
-        name=args.name,
-        r2ir=R2IRConfig(
-            color_channels=r2ir.at("dec_out_proj.0.weight", 0),
-            latent_channels=r2ir.at("enc_out_proj.0.weight", 0),
-            width=r2ir.at("color_to_embed_proj.weight", 0),
-            encoder_blocks=r2ir.blocks("enc_blocks"),
-            decoder_blocks=r2ir.blocks("dec_blocks"),
-            heads=args.r2ir_heads,
-            high_frequencies=ir_high,
-            low_frequencies=ir_low,
-        ),
-        r2id=R2IDConfig(
-            latent_channels=r2id.at("latent_to_epsilon.weight", 0),
-            width=width,
-            encoder_blocks=r2id.blocks("enc_blocks"),
-            decoder_blocks=r2id.blocks("dec_blocks"),
-            heads=args.r2id_heads,
-            high_frequencies=id_high,
-            low_frequencies=id_low,
-            time_high_frequencies=time_high,
-            time_low_frequencies=time_low,
-            film_dim=r2id.at("film_proj.0.weight", 0),
-        ),
-        condition=ConditionConfig(
-            labels=text.at("token_proj.weight", 1),
-            tokens=text.at("token_proj.weight", 0) // width,
-        ),
-        pixels_per_latent=args.pixels_per_latent,
-        default_latent=(8, 8),
+def recognise(files: list[Published]) -> tuple[Family, Conversion]:
+    """The family of the files; raises ArtefactError naming what they hold where there is none."""
+    for family in FAMILIES.values():
+        if family.published is not None and family.published.recognises(files):
+            return family, family.published
+    known = sorted(name for name, family in FAMILIES.items() if family.published)
+    names = [name for file in files for name in list(file.tensors)[:LISTED]]
+    raise ArtefactError(
+        f"{', '.join(str(file.path) for file in files)}: tensors such as {', '.join(names)}; "
+        f"expected published checkpoints of {', '.join(known)}"
     )
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read the three state dicts and write the checkpoint."""
+    """Read the files, find out their family and write the checkpoint."""
     check_writable(args.out)
-    paths = {"r2ir": args.r2ir, "r2id": args.r2id, "condition": args.text}
-    states = {part: read_state(path) for part, path in paths.items()}
-    shapes = {part: Shapes(states[part], path) for part, path in paths.items()}
-    config = config_from_shapes(shapes, args)
-    for part, heads in (("r2ir", config.r2ir), ("r2id", config.r2id)):
-        if heads.width % heads.heads:
-            raise UsageError(
-                f"--{part}-heads {heads.heads} does not divide the width {heads.width}"
-            )
-    models = checkpoint.Models(config)
-    renamed = {k: v for part, state in states.items() for k, v in rename(state, part).items()}
-    checkpoint.load_tensors(models, renamed, args.r2ir.parent)
-    sources = {part: sha256(path.read_bytes()) for part, path in paths.items()}
+    files = read_files(args.files, args.config)
+    family, published = recognise(files)
+    config, tensors = published.convert(files, args)
+    models = family.models(config)
+    checkpoint.load_tensors(models, tensors, files[0].path)
+    sources = {file.path.name: sha256(file.path.read_bytes()) for file in files}
     checkpoint.save(args.out, models, {"published": sources}, torch.float32)
-    print(f"checkpoint: {args.out}")
+    print(f"{family.name} checkpoint: {args.out}")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options; their defaults are the published values."""
     p = cli.parser("reference.published", __doc__)
-    p.add_argument("r2ir", type=Path, help="state dict of R2IR")
-    p.add_argument("r2id", type=Path, help="state dict of R2ID")
-    p.add_argument("text", type=Path, help="state dict of the label condition")
+    p.add_argument("files", type=Path, nargs="+", help="published files of one model, in any order")
     p.add_argument("out", type=Path, help="checkpoint to write (.safetensors)")
-    options: list[tuple[str, Any, str]] = [
+    p.add_argument("--config", type=Path, help="HDiT's configuration, where it is not in the file")
+    options: list[tuple[str, int | None, str]] = [
+        ("heads", None, "attention heads of SIID or S2ID"),
+        ("fold", None, "side of the square of pixels that SIID makes a token of"),
         ("r2ir-heads", 6, "attention heads of R2IR"),
         ("r2id-heads", 6, "attention heads of R2ID"),
-        ("pixels-per-latent", 8, "image pixels per latent cell in training"),
+        ("pixels-per-latent", 8, "R2's image pixels per latent cell in training"),
     ]
     for name, default, text in options:
         kind = cli.number(1, 1024, int)
-        p.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})")
+        shown = text if default is None else f"{text} ({default})"
+        p.add_argument(f"--{name}", type=kind, default=default, help=shown)
     p.add_argument("--name", default="published", help="the model's name")
     return p
 

@@ -1,4 +1,4 @@
-"""Train R2IR, then R2ID on its latents: python -m reference.train --config mnist --data DIR.
+"""Train a family's models, stage by stage: python -m reference.train --config mnist --data DIR.
 
 Every step draws its batch, sizes, dropout and noise from (seed, stage, step) alone, and a saved
 state holds the weights, their average, the optimizer and the step. A run that was killed and
@@ -13,7 +13,7 @@ import platform
 import random
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from reference import checkpoint
 from reference.data import Images, draw_hues, load_folder, load_mnist, load_painted_mnist
-from reference.families.r2.config import ModelConfig
-from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir, start_from
-from reference.families.r2.training import WEIGHTS, R2IDModels, R2IDTask, R2IRTask, Step, Task
+from reference.families import FAMILIES, R2, Family
+from reference.families.parts.models import Models
+from reference.families.parts.training import WEIGHTS, Stage, Step, Task
 from reference.optimizers import KINDS as OPTIMIZERS
 from reference.optimizers import Optimizers
 from runtime import cli
@@ -37,18 +37,21 @@ from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
 from runtime.errors import NumericalError, UsageError
 
 CONFIGS = Path(__file__).parent / "configs"
-STAGES = ("r2ir", "r2id")
 DATASETS = ("mnist", "painted-mnist", "folder")
-DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
-COMMON_KEYS = {
-    *("steps", "batch", "optimizer", "learning_rate", "final_rate", "warmup", "decay"),
-    *("weight_decay", "clip", "ema", "attention_dropout", "ffn_dropout"),
-    *("jitter", "latent", "aspect", "square"),
-}
-STAGE_KEYS = {
-    "r2ir": {"queries", "images"},
-    "r2id": {"cross_dropout", "condition_dropout", "loss_weight", "keep_summaries"},
-}
+KEYS = frozenset(
+    {"steps", "batch", "optimizer", "learning_rate", "final_rate", "warmup", "decay"}
+    | {"weight_decay", "clip", "ema"}
+)
+
+
+def family_in(config: dict[str, Any], name: str) -> Family:
+    """The family of a configuration, R2 where it names none; raises UsageError."""
+    family = FAMILIES.get(config.get("family", R2))
+    if family is None:
+        raise UsageError(
+            f"--config {name}: family is {config['family']!r}; expected one of {sorted(FAMILIES)}"
+        )
+    return family
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -61,12 +64,17 @@ def read_config(name: str) -> dict[str, Any]:
         raise UsageError(f"--config {name}: no such file; expected one of {names}") from None
     except ValueError as error:
         raise UsageError(f"--config {name}: not TOML ({error})") from None
-    check_keys(name, config, {"dataset", "seed", "image", "model", *STAGES})
-    for stage, keys in STAGE_KEYS.items():
-        check_keys(f"{name} [{stage}]", config[stage], COMMON_KEYS | keys)
-        check_choice(f"{name} [{stage}] optimizer", config[stage]["optimizer"], OPTIMIZERS)
+    stages = family_in(config, name).training.STAGES
+    own = {"family"} & config.keys() | {stage.name for stage in stages}
+    check_keys(name, config, {"dataset", "seed", "image", "model"} | own)
+    for stage in stages:
+        check_keys(f"{name} [{stage.name}]", config[stage.name], KEYS | stage.keys)
+        check_choice(
+            f"{name} [{stage.name}] optimizer", config[stage.name]["optimizer"], OPTIMIZERS
+        )
+        weight = config[stage.name].get("loss_weight", WEIGHTS)[0]
+        check_choice(f"{name} [{stage.name}] loss_weight", weight, WEIGHTS)
     check_choice(f"{name}: dataset", config["dataset"], DATASETS)
-    check_choice(f"{name} [r2id] loss_weight", config["r2id"]["loss_weight"][0], WEIGHTS)
     return config
 
 
@@ -76,7 +84,7 @@ def check_choice(what: str, found: Any, expected: tuple[str, ...]) -> None:
         raise UsageError(f"--config {what} is {found!r}; expected one of {expected}")
 
 
-def check_keys(name: str, section: dict[str, Any], expected: set[str]) -> None:
+def check_keys(name: str, section: dict[str, Any], expected: Set[str]) -> None:
     """Raise UsageError where a configuration's section has not exactly the expected keys."""
     missing, surplus = sorted(expected - section.keys()), sorted(section.keys() - expected)
     if missing or surplus:
@@ -86,17 +94,10 @@ def check_keys(name: str, section: dict[str, Any], expected: set[str]) -> None:
         )
 
 
-def build_models(config: dict[str, Any], source: str) -> checkpoint.Models:
-    """Fresh models with the configuration's dropouts, initialised from its seed."""
+def build_models(config: dict[str, Any], source: str) -> Any:
+    """Fresh models of the family with the configuration's dropouts, initialised from its seed."""
     torch.manual_seed(config["seed"])
-    dropouts = {
-        stage: {key: config[stage][key] for key in DROPOUTS if key in config[stage]}
-        for stage in STAGES
-    }
-    models = checkpoint.Models(ModelConfig.from_json(config["model"], source), **dropouts)
-    initialise_r2ir(models.r2ir)
-    initialise_r2id(models.r2id)
-    return models
+    return family_in(config, source).training.build(config, source)
 
 
 @dataclass(frozen=True)
@@ -114,35 +115,36 @@ class Run:
 
     def __init__(
         self,
-        name: str,
+        stage: Stage,
         config: dict[str, Any],
         images: Images,
         out: Path,
         speed: Speed,
         init: str = "",
     ):
+        name = stage.name
         self.name, self.config, self.images, self.speed = name, config[name], images, speed
         self.seed: int = config["seed"]
-        self.labels: int = config["model"]["condition"]["labels"]
         self.steps: int = self.config["steps"]
         self.state_path = out / f"{name}.state.safetensors"
         self.log_path = out / f"{name}.csv"
         # A state of another model, data set or earlier stage must not be continued with this one;
         # more or fewer steps of its own stage go on with it.
-        stages = {stage: config[stage] for stage in STAGES[: STAGES.index(name) + 1]}
+        names = [own.name for own in family_in(config, name).training.STAGES]
+        stages = {own: config[own] for own in names[: names.index(name) + 1]}
         stages[name] = {key: value for key, value in stages[name].items() if key != "steps"}
-        models = {stage: config["model"][stage] for stage in stages}
+        models = {section: config["model"][section] for section in stage.sections}
         common = [config["seed"], config["dataset"], config["image"], images.names, len(images)]
         common += [init] if init else []
         described = json.dumps([stages, models, common], sort_keys=True)
         self.fingerprint = sha256(described.encode())
 
-    def train(self, model: nn.Module, task: Task) -> float:
-        """Train `model` to its averaged weights; returns the seconds spent, restarts included.
+    def train(self, task: Task) -> float:
+        """Train a task's model to its averaged weights; returns the seconds, restarts included.
 
         Saves a state every `speed.save_every` steps and continues from the one it finds.
         """
-        optimizer = Optimizers(model, self.config)
+        model, optimizer = task.model, Optimizers(task, self.config)
         average = {name: p.detach().clone() for name, p in model.state_dict().items()}
         step, seconds, rows = self._resume(model, average, optimizer)
         if step < self.steps:
@@ -157,7 +159,7 @@ class Run:
                         torch._dynamo.mark_dynamic(inputs[index], 1)
                 loss = self._step(model, loss_of, inputs, optimizer, step)
                 step += 1
-                decay = min(self.config["ema"], (1 + step) / (10 + step))
+                decay = task.average_decay(self.config, step)
                 current = list(model.state_dict().values())
                 get_ema_multi_avg_fn(decay)(list(average.values()), current, step)
                 rows.append((step, loss))
@@ -183,7 +185,7 @@ class Run:
         order = torch.randperm(len(self.images), generator=generator)
         chosen = order[position * size :][:size].to(self.speed.device)
         images, labels = self.images, self.images.labels[chosen]
-        condition = F.one_hot(labels, self.labels).float()
+        condition = F.one_hot(labels, len(images.names)).float()
         hues = None
         if images.painted:
             hues = draw_hues(len(chosen)).to(self.speed.device)
@@ -209,7 +211,8 @@ class Run:
             )
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), self.config["clip"])
+        if self.config["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), self.config["clip"])
         optimizer.step(self._rate(index))
         return float(loss.item())
 
@@ -302,7 +305,7 @@ def hardware(device: torch.device) -> str:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Both stages, then `checkpoint.safetensors` in the folder `args.out`."""
+    """Every stage, then `checkpoint.safetensors` in the folder `args.out`."""
     config, name = read_config(args.config), args.config
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
@@ -312,22 +315,20 @@ def train(args: argparse.Namespace) -> None:
         bf16=on_gpu if args.bf16 is None else args.bf16,
         save_every=args.save_every,
     )
-    images = load_images(config, args.data).to(device)
+    family = family_in(config, name)
     models = build_models(config, f"--config {name}")
+    images = load_images(config, models, args.data).to(device)
     init = ""
     if args.init is not None:
-        first = checkpoint.load(args.init)
-        fresh, init = start_from(models, first.models), first.sha256
-        print(f"{args.init}: taken over" + (f" but for {', '.join(fresh)}" if fresh else ""))
+        init = take_over(models, family, args.init)
     models = models.to(device)
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     remove_stale(out)
-    runs = [Run(stage, config, images, out, speed, init) for stage in STAGES]
-    seconds = {"r2ir": runs[0].train(models.r2ir, R2IRTask(config["r2ir"], models, images))}
-    models.r2ir.requires_grad_(False)
-    r2id_task = R2IDTask(config["r2id"], models, images)
-    seconds["r2id"] = runs[1].train(R2IDModels(models), r2id_task)
+    runs, seconds = [], {}
+    for stage in family.training.STAGES:
+        runs.append(Run(stage, config, images, out, speed, init))
+        seconds[stage.name] = runs[-1].train(stage.task(config[stage.name], models, images))
     provenance = {
         "command": f"python -m reference.train --config {name}"
         + " --compile" * (speed.compile and not on_gpu)
@@ -346,15 +347,25 @@ def train(args: argparse.Namespace) -> None:
     print(f"checkpoint: {path}")
 
 
-def load_images(config: dict[str, Any], folder: Path) -> Images:
+def take_over(models: Models, family: Family, path: Path) -> str:
+    """Start `models` from a checkpoint's weights; returns its hash. Raises UsageError."""
+    first = checkpoint.load(path)
+    if first.family is not family:
+        raise UsageError(
+            f"--init {path}: of the family {first.family.name}; expected {family.name}"
+        )
+    fresh = family.training.start_from(models, first.models)
+    print(f"{path}: taken over" + (f" but for {', '.join(fresh)}" if fresh else ""))
+    return first.sha256
+
+
+def load_images(config: dict[str, Any], models: Models, folder: Path) -> Images:
     """The configuration's data set out of `folder`."""
     if config["dataset"] == "mnist":
-        return load_mnist(folder)
+        return load_mnist(folder).cropped(config["image"])
     if config["dataset"] == "painted-mnist":
-        return load_painted_mnist(folder)
-    model = config["model"]
-    channels, labels = model["r2ir"]["color_channels"], model["condition"]["labels"]
-    return load_folder(folder, channels, config["image"], labels)
+        return load_painted_mnist(folder).cropped(config["image"])
+    return load_folder(folder, models.config.channels, config["image"], models.config.labels)
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     spacing = ", ".join(f"{name}: {own.spacing}" for name, own in SOLVERS.items())
     add("--spacing", choices=SPACINGS, help=f"what steps are even in ({spacing})")
     add("--guidance", type=cli.number(-100, 100), help="guidance_scale; 1 is the label alone (2)")
-    interval = "t within which --guidance counts; elsewhere it is 1 and costs half (0..1)"
+    interval = "t within which --guidance counts, else it is 1: no null branch to compute (0..1)"
     add("--guidance-interval", type=cli.interval, metavar="LOW..HIGH", help=interval)
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
     add("--seed", type=cli.number(0, (1 << 63) - 1, int), help="seed of the noise (0)")

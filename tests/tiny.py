@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import torch
+from reference.families.r2.model import R2Models
 
 from export.__main__ import main as export
 from reference import checkpoint
 from reference.train import build_models, read_config
 
 
-def tiny_models() -> checkpoint.Models:
+def tiny_models() -> R2Models:
     """The tiny configuration with no weight left at a special value such as 0 or 1."""
     models = build_models(read_config("tiny"), "tiny").eval().requires_grad_(False)
     torch.manual_seed(1)

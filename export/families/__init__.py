@@ -1,15 +1,13 @@
 """What each family hoists and how its graphs are written, registered here by its reference."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from export.families.r2 import bundle as r2
 from export.to_onnx import GraphSource
-from reference import checkpoint
+from reference.families.r2.model import R2Models
 from runtime.bundle.interface import Interface, ScheduleData
-from runtime.sampling.schedule import Floats
 
 
 class Family(Protocol):
@@ -27,22 +25,13 @@ class Family(Protocol):
         """The noise schedule to sample with."""
         ...
 
-    def denoiser(
-        self, models: Any, conditions: Tensor, alpha_bar: Floats
-    ) -> Callable[[Tensor, int], Tensor]:
-        """The reference's eps `[K, B, C, H, W]` of x at a node of `alpha_bar`.
-
-        Under conditions `[K, B, labels]`.
-        """
-        ...
-
     def decode(self, models: Any, latent: Tensor, size: tuple[int, int]) -> Tensor:
         """The reference's pixels `[B, c, *size]` of a latent `[B, C, H, W]`."""
         ...
 
 
 FAMILIES: dict[type, Family] = {
-    checkpoint.Models: r2,
+    R2Models: r2,
 }
 
 

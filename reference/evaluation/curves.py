@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE, SEED, Classifier, read
 from reference.data import Images
 from reference.evaluation.digits import Size, conditions, digit_of, labels_of, shown
 from reference.evaluation.drawing import TorchDrawing, batches
 from reference.evaluation.measures import psnr, reduced, ssim
+from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
 from runtime.sampling.schedule import COSINE
@@ -25,7 +25,7 @@ SCALED_SIDE = 28  # of the pictures that larger ones are reduced to: MNIST's own
 Curve = dict[str, list[float]]
 
 
-def reconstruction(models: Models, test: Images, size: Size, limit: int) -> float:
+def reconstruction(models: R2Models, test: Images, size: Size, limit: int) -> float:
     """MSE of images through latents of a size and back, at the latent's aspect ratio."""
     shape = canvas(size, IMAGE_SIDE)
     total = 0.0
@@ -37,7 +37,7 @@ def reconstruction(models: Models, test: Images, size: Size, limit: int) -> floa
     return total / limit
 
 
-def eps_over_t(models: Models, test: Images, size: Size, limit: int) -> Curve:
+def eps_over_t(models: R2Models, test: Images, size: Size, limit: int) -> Curve:
     """eps MSE over t at latent `size`, under the null and under the true condition."""
     generator = torch.Generator().manual_seed(SEED)
     latent = models.r2ir.encode(shown(test, slice(limit), canvas(size, IMAGE_SIDE)), size)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE, SEED
 from reference.evaluation.digits import DIGITS, Size, asked, conditions
+from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
 from runtime.pipeline.bundle import Bundle
@@ -162,7 +162,7 @@ class GraphDrawing:
 class TorchDrawing:
     """Draws with the models themselves, on their device."""
 
-    models: Models
+    models: R2Models
     sampling: Sampling = field(default_factory=Sampling)
     parts: tuple[int, ...] = (DIGITS,)
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.checkpoint import Models
 from reference.classifier import IMAGE_SIDE
 from reference.data import Images
 from reference.evaluation.curves import Curve
 from reference.evaluation.digits import Size, balanced_indices, shown
 from reference.evaluation.drawing import Drawing
+from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime.bundle.files import atomic_write
 from runtime.bundle.interface import size_name
@@ -67,7 +67,7 @@ class Sheets:
         large = F.interpolate(channels, scale_factor=4, mode="nearest").clamp(-1, 1)
         return self.save("latent-channels", large, latents.shape[1], latent=size_name(latent))
 
-    def reconstructions(self, models: Models) -> str:
+    def reconstructions(self, models: R2Models) -> str:
         """Real digits and below them what latents of several sizes hold of them."""
         rows = [self.real((IMAGE_SIDE, IMAGE_SIDE))]
         rows += [

@@ -27,9 +27,11 @@ EPSILON = 1e-6  # as published with the cosine schedule's DDIM
 # The grid of a run of S evaluations, found by measurement: log-SNR / 2 of the first is
 # -(0.3 + 1.75 · ln S), so that what it neglects falls as a third-order step's error does; t of the
 # last, whose x0 is the sample, is 0.25 / S. Below 8 the first half of them is of order 1: over such
-# long steps x0 is better held than extrapolated where noise dominates.
+# long steps x0 is better held than extrapolated where noise dominates. Deeper in the noise than
+# `DEEPEST` a model's x0 is not worth a first step; above 30 all of the schedule is run through.
 FIRST, FIRST_PER_LOG, LAST_TIME = 0.3, 1.75, 0.25
-FEW = 8
+DEEPEST = -5.7
+FEW, MANY = 8, 30
 KARRAS_RHO = 7.0
 
 
@@ -73,7 +75,7 @@ def table(
     else:
         nodes = np.append(GRIDS[spacing](schedule, steps), 1.0)
     held = steps // 2 if steps < FEW else 1
-    return Table(nodes, np.array(rows(nodes, own.order, eta, restart, held, noise=True)))
+    return Table(nodes, np.array(rows(nodes, own.order, eta, restart, held, steps <= MANY)))
 
 
 def rows(
@@ -164,9 +166,11 @@ def multistep_row(
 
 def ends(schedule: Schedule, steps: int) -> tuple[float, float]:
     """log-SNR of the first and the last evaluation."""
-    first = -2 * (FIRST + FIRST_PER_LOG * math.log(steps))
     least, last = log_snr(schedule.alpha_bar(np.array([1.0, LAST_TIME / steps])))
-    return max(first, float(least)), float(last)
+    if steps > MANY:
+        return float(least), float(last)
+    first = max(DEEPEST, -FIRST - FIRST_PER_LOG * math.log(steps))
+    return max(2 * first, float(least)), float(last)
 
 
 def _time(schedule: Schedule, steps: int) -> Floats:

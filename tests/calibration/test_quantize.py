@@ -380,13 +380,7 @@ def test_on_a_device_it_starts_in_fp32_too(quantized_bundle: Path, eta: float) -
             engines = [OnDevice(pipeline.engines.open("r2id", p)) for p in ("fp32", "int8")]
             kept = pipeline.engines.opened
             kept["r2id", "fp32"], kept["r2id", "int8"] = engines
-        own: dict[str, Any] = {
-            "solver": "ddim",
-            "steps": 4,
-            "eta": eta,
-            "guidance_interval": (0, 0.7),
-        }
-        request = Request([1], (4, 4), **own)
+        request = Request([1], (4, 4), steps=4, eta=eta, solver="ddim", guidance_interval=(0, 0.7))
         drawn.append(pipeline.diffuse(request, steps.append))
     assert [engine.runs for engine in engines] == [1, 3]
     assert [progress.step for progress in steps] == [1, 2, 3, 4] * 2

@@ -12,7 +12,7 @@ import torch
 from export import to_onnx, verify
 from export.families.r2 import bundle as r2
 from export.families.r2 import graphs
-from reference import checkpoint
+from reference.families.r2.model import R2Models
 from runtime.bundle.manifest import read_manifest, relative_error
 from runtime.coordinates import grid
 from runtime.errors import ArtefactError
@@ -27,7 +27,7 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def models() -> checkpoint.Models:
+def models() -> R2Models:
     return tiny_models()
 
 
@@ -41,9 +41,7 @@ def at(height: int, width: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (6, 2)])
-def test_the_step_graph_is_the_reference_model(
-    models: checkpoint.Models, size: tuple[int, int]
-) -> None:
+def test_the_step_graph_is_the_reference_model(models: R2Models, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x, labels = torch.randn(2, 4, *size), torch.rand(3, 2, 10)
     alpha_bar = torch.tensor([0.4])
@@ -55,7 +53,7 @@ def test_the_step_graph_is_the_reference_model(
 
 @pytest.mark.parametrize(("image", "latent"), [((1, 7), (1, 1)), ((9, 12), (3, 4))])
 def test_the_resampler_graphs_are_the_reference_model(
-    models: checkpoint.Models, image: tuple[int, int], latent: tuple[int, int]
+    models: R2Models, image: tuple[int, int], latent: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     pixels = torch.rand(2, 1, *image) * 2 - 1
@@ -69,7 +67,7 @@ def test_the_resampler_graphs_are_the_reference_model(
     close(graphs.Render(models, "image")(tile, kv, k, response), drawn[..., 1:4])
 
 
-def test_sums_over_tiles_add_up(models: checkpoint.Models) -> None:
+def test_sums_over_tiles_add_up(models: R2Models) -> None:
     pixels = torch.rand(1, 1, 10, 6) * 2 - 1
     summary = graphs.ResamplerSummary(models, "image")
     whole = summary(pixels, at(10, 6))
@@ -78,7 +76,7 @@ def test_sums_over_tiles_add_up(models: checkpoint.Models) -> None:
         close(first + second, total)
 
 
-def test_the_ratios_of_tiles_are_those_of_the_whole(models: checkpoint.Models) -> None:
+def test_the_ratios_of_tiles_are_those_of_the_whole(models: R2Models) -> None:
     """Site by site: each graph run on both halves gives the next ratio of the untiled decode."""
     torch.manual_seed(0)
     kv, k = graphs.ResamplerSummary(models, "latent")(torch.randn(1, 4, 3, 2), at(3, 2))
@@ -114,7 +112,7 @@ def test_the_bundle_is_whole_and_measured(tiny_bundle: Path) -> None:
     assert manifest.interface.labels == tuple("abcdefghij")
 
 
-def test_a_graph_that_differs_stops_the_export(models: checkpoint.Models) -> None:
+def test_a_graph_that_differs_stops_the_export(models: R2Models) -> None:
     """The parity check fails for outputs off by 3e-4, for NaN and for another shape."""
     source = next(s for s in r2.sources(models) if s.name == "r2id_film")
 
@@ -138,16 +136,14 @@ def test_a_graph_that_differs_stops_the_export(models: checkpoint.Models) -> Non
     assert relative_error(np.zeros((2, 1)), np.zeros((1, 2))) == np.inf
 
 
-def test_a_wrong_rewrite_is_caught_by_the_trajectory(
-    models: checkpoint.Models, tiny_bundle: Path
-) -> None:
+def test_a_wrong_rewrite_is_caught_by_the_trajectory(models: R2Models, tiny_bundle: Path) -> None:
     other = copy.deepcopy(models)
     other.get_parameter("r2id.decoder.1.cross.out.bias").add_(0.05)
-    with pytest.raises(ArtefactError, match="DDIM steps through the graphs differ"):
+    with pytest.raises(ArtefactError, match="20 steps through the graphs differ"):
         verify.trajectory_parity(r2, other, read_manifest(tiny_bundle))
 
 
-def test_a_baked_in_size_stops_the_export(models: checkpoint.Models) -> None:
+def test_a_baked_in_size_stops_the_export(models: R2Models) -> None:
     source = next(s for s in r2.sources(models) if s.name == "r2id_position")
     model = to_onnx.onnx_from_source(source)
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 7

@@ -19,6 +19,7 @@ from export import plans, to_plan
 from export.profiles import SizeRange
 from runtime.bundle.files import exclusive, sha256
 from runtime.bundle.manifest import GraphSpec, TensorSpec, read_manifest
+from runtime.engines import HISTORY
 from runtime.engines.tensorrt import plan_interface
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, UsageError
 from runtime.sampling import solvers
@@ -317,7 +318,7 @@ def test_a_plan_from_fp16_interfaces_keeps_its_update_in_fp32(tiny_bundle: Path)
     spec = read_manifest(tiny_bundle).graph("r2id")
     extra = plan_interface(spec).inputs[len(spec.inputs) :]
     assert {tensor.dtype for tensor in extra} == {"float32"}
-    assert [tensor.name for tensor in extra] == ["weights", "keep", "noise"]
+    assert [tensor.name for tensor in extra] == ["weights", "row", *HISTORY, "noise"]
 
 
 def test_a_range_is_one_size_or_two() -> None:

@@ -11,24 +11,26 @@ from safetensors.torch import load_file, save_file
 
 from reference import checkpoint, published
 from reference.families.parts.embeddings import frequencies
+from reference.families.parts.published import Published, Shapes
+from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
 from runtime.errors import ArtefactError
 from tests.conftest import Command
 
 
 @pytest.fixture(scope="module")
-def models() -> checkpoint.Models:
+def models() -> R2Models:
     return build_models(read_config("tiny"), "tiny")
 
 
 @pytest.fixture
-def saved(models: checkpoint.Models, tmp_path: Path) -> Path:
+def saved(models: R2Models, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.safetensors"
     checkpoint.save(path, models, {"made": "here"}, torch.float32)
     return path
 
 
-def test_a_checkpoint_comes_back_as_it_was(models: checkpoint.Models, saved: Path) -> None:
+def test_a_checkpoint_comes_back_as_it_was(models: R2Models, saved: Path) -> None:
     loaded = checkpoint.load(saved)
     assert loaded.models.config == models.config
     assert loaded.provenance == {"made": "here"}
@@ -38,7 +40,7 @@ def test_a_checkpoint_comes_back_as_it_was(models: checkpoint.Models, saved: Pat
     assert {name.split(".")[0] for name in wanted} == {"r2ir", "r2id", "condition"}
 
 
-def test_half_precision_is_half_the_file(models: checkpoint.Models, saved: Path) -> None:
+def test_half_precision_is_half_the_file(models: R2Models, saved: Path) -> None:
     half = saved.with_name("half.safetensors")
     checkpoint.save(half, models, {}, torch.float16)
     assert half.stat().st_size < 0.7 * saved.stat().st_size
@@ -135,11 +137,14 @@ def test_state_dicts_of_another_kind_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r2ir.pt"
     path.write_bytes(b"no archive")
     with pytest.raises(ArtefactError):
-        published.read_state(path)
+        published.read_file(path)
     torch.save([1, 2], path)
     with pytest.raises(ArtefactError, match="holds list"):
-        published.read_state(path)
-    shapes = published.Shapes({"pos_embed.frequencies": torch.ones(4)}, path)
+        published.read_file(path)
+    torch.save({"step": 3}, path)
+    with pytest.raises(ArtefactError, match="holds step"):
+        published.read_file(path)
+    shapes = Shapes(Published(path, {"pos_embed.frequencies": torch.ones(4)}))
     with pytest.raises(ArtefactError, match="no tensor color_to_embed"):
         shapes.at("color_to_embed_proj.weight", 0)
     with pytest.raises(ArtefactError, match="expected octaves of π"):
@@ -148,5 +153,5 @@ def test_state_dicts_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 def test_the_split_of_frequencies_is_read_off_the_stored_ones(tmp_path: Path) -> None:
     for high, low in ((10, 6), (9, 7), (3, 0), (0, 2)):
-        shapes = published.Shapes({"f": frequencies(high, low)}, tmp_path / "r2ir.pt")
+        shapes = Shapes(Published(tmp_path / "r2ir.pt", {"f": frequencies(high, low)}))
         assert shapes.split("f") == (high, low)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.checkpoint import Models
 from reference.classifier import Classifier
 from reference.data import HUES
 from reference.evaluation.drawing import Sampling, TorchDrawing, batches
 from reference.evaluation.judging import Judge, judged
+from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
 from tests.tiny import tiny_models
 
@@ -16,7 +16,7 @@ PAINTED = (10, len(HUES), len(HUES))
 
 
 @pytest.fixture(scope="module")
-def models() -> Models:
+def models() -> R2Models:
     return tiny_models()
 
 
@@ -26,7 +26,7 @@ def test_batches_cover_every_digit_once() -> None:
     assert batches(7, (64, 64)) == [slice(0, 7)]
 
 
-def test_the_last_estimate_on_the_way_is_what_is_drawn(models: Models) -> None:
+def test_the_last_estimate_on_the_way_is_what_is_drawn(models: R2Models) -> None:
     estimates: dict[int, list[Tensor]] = {}
 
     def note(step: int, part: slice, x0: Tensor) -> None:
@@ -41,7 +41,7 @@ def test_the_last_estimate_on_the_way_is_what_is_drawn(models: Models) -> None:
     assert draw.decode(drawn.latents[:2], (8, 12)).shape == (2, 1, 8, 12)
 
 
-def test_guidance_counts_within_its_interval_alone(models: Models) -> None:
+def test_guidance_counts_within_its_interval_alone(models: R2Models) -> None:
     def latents(interval: tuple[float, float], scale: float) -> Tensor:
         draw = TorchDrawing(models, Sampling(steps=3, guidance_interval=interval))
         return draw(draw.labels(4), (4, 4), guidance_scale=scale).latents

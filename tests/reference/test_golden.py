@@ -19,7 +19,7 @@ from runtime.sampling.guidance import guided
 from runtime.sampling.loop import sample
 from runtime.sampling.schedule import COSINE
 
-FILES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
+FILES = sorted((Path(__file__).parents[1] / "golden").glob("r2_*.safetensors"))
 TOLERANCE = 5e-5  # the last bit of a coordinate shows at the top frequencies
 TRAJECTORY_TOLERANCE = 1e-3
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_a_bundle_is_old_or_new_whenever_its_writer_is_killed(
     while True:
         folder = tmp_path / str(call)
         shutil.copytree(first, folder)
-        dead = killed(lambda folder=folder: work(folder, "new"), call)
+        dead = killed(partial(work, folder, "new"), call)
         manifest = read_manifest(folder)
         for _, spec in manifest.forms():
             manifest.file_bytes(spec)  # compared with its hash

@@ -167,8 +167,9 @@ def test_a_request_gives_its_bytes_whatever_was_drawn_before(tiny_bundle: Path) 
     for order in (range(len(sizes)), reversed(range(len(sizes)))):
         pipeline = open_bundle(tiny_bundle, options())
         with ThreadPoolExecutor(8) as pool:
-            found = dict(pool.map(lambda turn: (turn, draw(pipeline, turn)), [*order] * 3))
-        assert [found[turn] for turn in range(len(sizes))] == fresh
+            turns = [*order] * 3
+            found = [*pool.map(draw, [pipeline] * len(turns), turns)]
+        assert found == [fresh[turn] for turn in turns]
 
 
 @NEEDED

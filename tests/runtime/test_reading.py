@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def test_pipes_devices_and_folders_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "endless").symlink_to("/dev/zero")
     (tmp_path / "folder").mkdir()
     for name, words in (("pipe", "regular"), ("endless", "regular"), ("folder", "a folder")):
-        assert words in bounded(lambda name=name: read_bytes(tmp_path / name, "a", "b"))
+        assert words in bounded(partial(read_bytes, tmp_path / name, "a", "b"))
     for name in ("a\0b", "a\ud800b"):
-        assert "no file's name" in bounded(lambda name=name: read_bytes(tmp_path / name, "a", "b"))
+        assert "no file's name" in bounded(partial(read_bytes, tmp_path / name, "a", "b"))
 
 
 def test_a_file_larger_than_its_kind_is_not_read(tmp_path: Path) -> None:

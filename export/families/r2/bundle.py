@@ -1,16 +1,13 @@
 """How R2 is exported: its graphs with their lifetimes, its interface, its reference pictures."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from export.families.r2 import graphs
 from export.to_onnx import GraphSource
-from reference.checkpoint import Models
+from reference.families.r2.model import R2Models
 from runtime.bundle.interface import CosineData, Interface, Range
 from runtime.bundle.manifest import Axis, Lifetime, TensorSpec
-from runtime.sampling.schedule import Floats
 
 SIDES = Range(1, 65536)
 # float32 arrays of R2IR's width that a graph holds per pixel at its peak, measured by
@@ -27,7 +24,7 @@ ARRAYS_PER_PIXEL = {
 POSITIVE = frozenset({"k", "response", "text_k"})
 
 
-def interface(models: Models, labels: tuple[str, ...]) -> Interface:
+def interface(models: R2Models, labels: tuple[str, ...]) -> Interface:
     """R2IR makes an image of any size of a latent of any size."""
     config = models.config
     return Interface(
@@ -43,25 +40,18 @@ def interface(models: Models, labels: tuple[str, ...]) -> Interface:
     )
 
 
-def schedule(models: Models) -> CosineData:
+def schedule(models: R2Models) -> CosineData:
     """The schedule that every R2ID is trained with."""
     return CosineData()
 
 
-def denoiser(
-    models: Models, conditions: Tensor, alpha_bar: Floats
-) -> Callable[[Tensor, int], Tensor]:
-    """The reference's eps of x at a node of `alpha_bar`, under conditions `[K, B, labels]`."""
-    return models.denoiser(conditions, alpha_bar)
-
-
-def decode(models: Models, latent: Tensor, size: tuple[int, int]) -> Tensor:
+def decode(models: R2Models, latent: Tensor, size: tuple[int, int]) -> Tensor:
     """The reference's pixels `[B, c, *size]` of a latent `[B, C, H, W]`."""
     with torch.inference_mode():
         return models.r2ir.decode(latent, size)
 
 
-def sources(models: Models) -> list[GraphSource]:
+def sources(models: R2Models) -> list[GraphSource]:
     """Every graph of R2, in the order in which the runtime needs them."""
     ir, id_, text = models.config.r2ir, models.config.r2id, models.config.condition
     film = graphs.Film(models)

@@ -10,6 +10,7 @@ T text tokens, C latent channels, c colours, S schedule points, F film values pe
 from collections.abc import Iterable, Sequence
 
 import torch
+from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 
 from export.families.r2.parts import (
@@ -22,7 +23,6 @@ from export.families.r2.parts import (
     token_mean,
     tokens_of,
 )
-from reference.checkpoint import Models
 from reference.families.parts.layers import AdaLN
 from reference.families.r2.r2id import DecoderBlock, EncoderBlock
 from reference.families.r2.r2ir import Block
@@ -68,7 +68,7 @@ class ResamplerSummary(nn.Module):
     over the tokens, so that those of tiles add up.
     """
 
-    def __init__(self, models: Models, side: str):
+    def __init__(self, models: R2Models, side: str):
         super().__init__()
         r2ir = models.r2ir
         image = side == "image"
@@ -93,7 +93,7 @@ class ResamplerRead(nn.Module):
     ratios `response [B, L, 2, d]`; where these are given, no sum runs over the tokens.
     """
 
-    def __init__(self, models: Models, side: str):
+    def __init__(self, models: R2Models, side: str):
         super().__init__()
         r2ir = models.r2ir
         latent = side == "latent"
@@ -169,7 +169,7 @@ class Response(ResamplerRead):
 class Position(nn.Module):
     """`r2id_position`: coordinates `[H, W, 4]` -> position `[H, W, d]`, the bias included."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         r2id = models.r2id
         self.features = r2id.position
@@ -206,7 +206,7 @@ def norms_of(block: EncoderBlock) -> list[AdaLN]:
 class Film(nn.Module):
     """`r2id_film`: alpha_bar `[S]` -> film `[S, F]`, the shares of every AdaLN in turn."""
 
-    def __init__(self, models: Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         r2id = models.r2id
         self.time, self.film = r2id.time, r2id.film
@@ -226,7 +226,7 @@ class Condition(nn.Module):
     and text_v `[K, L, a·T, d]`, v·Wo + bo/a of each token and head.
     """
 
-    def __init__(self, models: Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         self.label = models.condition
         blocks: Iterable[DecoderBlock] = models.r2id.decoder  # type: ignore[assignment]
@@ -281,7 +281,7 @@ class Denoise(nn.Module):
     block's self-attention run once for all conditions.
     """
 
-    def __init__(self, models: Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         r2id, tokens = models.r2id, models.config.condition.tokens
         self.project = SplitInput(r2id.latent_in, r2id.config.latent_channels)

@@ -15,8 +15,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from reference import checkpoint
 from reference.families.parts.layers import LinearAttention
+from reference.families.parts.training import take_over
+from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR
 
@@ -126,7 +127,7 @@ def cell_centres(heads: int, cells: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_from(models: checkpoint.Models, other: checkpoint.Models) -> list[str]:
+def start_from(models: R2Models, other: R2Models) -> list[str]:
     """Take over the weights of `other` in place; returns the names of those that do not fit.
 
     Another number of colours gets the others' mean, so that grey weights see a colour's lightness
@@ -145,7 +146,4 @@ def start_from(models: checkpoint.Models, other: checkpoint.Models) -> list[str]
     labels = min(found[name].shape[1], wanted[name].shape[1])
     if len(found[name]) == len(wanted[name]):
         found[name] = torch.cat([found[name][:, :labels], wanted[name][:, labels:]], 1)
-    fresh = [n for n in wanted if n not in found or found[n].shape != wanted[n].shape]
-    for name in wanted.keys() - set(fresh):
-        wanted[name].copy_(found[name])
-    return fresh
+    return take_over(wanted, found)

@@ -3,48 +3,35 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference import checkpoint
-from reference.data import Images, fit, paint
+from reference.data import Images
+from reference.families.parts.config import read
+from reference.families.parts.text import LabelCondition
+from reference.families.parts.training import (
+    IN_BLOCK,
+    Stage,
+    Step,
+    Task,
+    branches,
+    jitter,
+    loss_weight,
+    times,
+    widened,
+)
+from reference.families.r2.config import ModelConfig
+from reference.families.r2.initialisation import initialise_r2id, initialise_r2ir
+from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import R2ID
 from reference.families.r2.r2ir import R2IR, Summary, grid_tokens, tokens_from_grid
-from reference.families.r2.text import LabelCondition
 from runtime.sampling.schedule import COSINE
 
-WEIGHTS = ("uniform", "min-snr", "sigmoid")
-LEAST_ALPHA_BAR = 4.54e-5  # sigmoid(-10), where the sigmoid weight's schedule ends
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a loss needs besides the model: where it stands and what it may draw from.
-
-    `chosen` are the images' numbers in the data set, `hues` those to paint them in, if any.
-    """
-
-    index: int
-    steps: int
-    images: Tensor  # uint8 [B, c, s, s]
-    condition: Tensor  # [B, labels], a one for each part of what is drawn
-    draw: random.Random  # sizes; tensors are drawn from torch's seeded generator
-    chosen: Tensor  # [B]
-    hues: Tensor | None = None  # [B, 2]
-
-    def stage(self, table: Sequence[Sequence[Any]]) -> Sequence[Any]:
-        """The row of `table` that holds now; a row begins with the share of steps it ends at."""
-        progress = self.index / self.steps
-        return next((row for row in table if progress < row[0]), table[-1])
-
-    def picture(self, height: int, width: int, pad: bool) -> Tensor:
-        """The images as float32 `[B, c, height, width]` in [-1, 1]."""
-        image = fit(self.images, height, width, pad)
-        return image if self.hues is None else paint(image, self.hues)
+DROPOUTS = ("attention_dropout", "cross_dropout", "ffn_dropout")
+KEYS = frozenset({"attention_dropout", "ffn_dropout", "jitter", "latent", "aspect", "square"})
 
 
 def draw_size(
@@ -77,48 +64,23 @@ def jittered(height: int, width: int, batch: int, share: float, device: torch.de
     Source: the specification's "Coordinates": σ is half a pixel, per sample and pixel.
     """
     plain = grid_tokens(height, width, device)
-    longer = max(height, width)
-    sigma = torch.tensor([longer, longer, width, height], device=device).reciprocal() * share / 2
-    return plain + torch.randn(batch, *plain.shape[1:], device=device) * sigma
+    return plain + jitter(batch, height, width, share, device).flatten(1, 2)
 
 
-def loss_weight(kind: str, parameter: float, alpha_bar: Tensor) -> Tensor:
-    """What the squared error of eps counts at alpha_bar `[B]`; t is drawn uniformly.
+class R2Task(Task):
+    """Muon updates the matrices inside the blocks."""
 
-    `uniform` counts all alike. `min-snr` is min(SNR, parameter) / SNR: Hang et al., "Efficient
-    Diffusion Training via Min-SNR Weighting Strategy", eq. 6. `sigmoid` is
-    -dλ/dt / 2 · sigmoid(parameter - λ) of the log SNR λ: Hoogeboom et al., "Simpler Diffusion".
-    """
-    a = alpha_bar.clamp(min=LEAST_ALPHA_BAR)
-    snr = a / (1 - a)
-    if kind == "min-snr":
-        return snr.clamp(max=parameter) / snr
-    if kind == "sigmoid":  # the cosine schedule's λ = 2·log cot u has dλ/du = -4 / sin 2u
-        slope = math.pi / (1 + COSINE.offset) / (2 * (a * (1 - a)).sqrt())
-        return slope * torch.sigmoid(parameter - snr.log())
-    return torch.ones_like(a)
+    def is_block_matrix(self, name: str) -> bool:
+        return bool(IN_BLOCK.search(name))
 
 
-def hide(condition: Tensor, parts: Sequence[int], share: float) -> Tensor:
-    """Conditions `[B, labels]` with `share` of them hidden whole.
-
-    Where they have several parts, `share` of each part is hidden as well.
-    """
-    shown = torch.rand(len(condition), 1) >= share
-    if len(parts) == 1:
-        return condition * shown.to(condition.device)
-    each = torch.rand(len(condition), len(parts)) >= share
-    spread = each.repeat_interleave(torch.tensor(parts), 1) & shown
-    return condition * spread.to(condition.device)
-
-
-class R2IRTask:
+class R2IRTask(R2Task):
     """MSE of an image resampled to a latent of a drawn size and back."""
 
     token_inputs = (0, 1, 2, 3, 4)  # inputs whose axis 1 changes from batch to batch
 
-    def __init__(self, config: dict[str, Any], models: checkpoint.Models, images: Images):
-        self.config, self.pad = config, images.pad
+    def __init__(self, config: dict[str, Any], models: R2Models, images: Images):
+        self.config, self.pad, self.model = config, images.pad, models.r2ir
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Pixels and their coordinates, latent coordinates, queries and the pixels there."""
@@ -135,14 +97,8 @@ class R2IRTask:
         return pixels, image_at, latent_at, query_at, wanted
 
     @staticmethod
-    def loss(
-        model: R2IR,
-        pixels: Tensor,
-        image_at: Tensor,
-        latent_at: Tensor,
-        query_at: Tensor,
-        wanted: Tensor,
-    ) -> Tensor:
+    def loss(model: R2IR, *inputs: Tensor) -> Tensor:
+        pixels, image_at, latent_at, query_at, wanted = inputs
         latent = model.encode_tokens(pixels, image_at, latent_at)
         return F.mse_loss(model.decode_tokens(latent, latent_at, query_at), wanted)
 
@@ -150,13 +106,13 @@ class R2IRTask:
 class R2IDModels(nn.Module):
     """R2ID and the condition, which are trained together."""
 
-    def __init__(self, models: checkpoint.Models):
+    def __init__(self, models: R2Models):
         super().__init__()
         self.r2id: R2ID = models.r2id
         self.condition: LabelCondition = models.condition
 
 
-class R2IDTask:
+class R2IDTask(R2Task):
     """Weighted MSE of eps at t drawn uniformly, one in each B-th of [0, 1], at a drawn size.
 
     `condition_dropout` hides that share of the labels; "both" averages the loss under the null
@@ -165,8 +121,9 @@ class R2IDTask:
 
     token_inputs = (0, 1, 4)
 
-    def __init__(self, config: dict[str, Any], models: checkpoint.Models, images: Images):
-        self.config, self.r2ir = config, models.r2ir
+    def __init__(self, config: dict[str, Any], models: R2Models, images: Images):
+        self.config, self.r2ir = config, models.r2ir.requires_grad_(False)
+        self.model, self.labels = R2IDModels(models), models.config.condition.labels
         self.pad, self.parts = images.pad, images.parts
         self.side = images.pixels.shape[-1]
         self.summaries: Summaries | None = None
@@ -188,12 +145,8 @@ class R2IDTask:
         c, device = self.config, step.images.device
         size = draw_size(step.draw, step.stage(c["latent"])[1:], c["aspect"], c["square"])
         latent = self.latent(step, size)
-        label = step.condition
-        if c["condition_dropout"] == "both":
-            label = torch.stack([torch.zeros_like(label), label])  # [2, B, labels]
-        else:
-            label = hide(label, self.parts, c["condition_dropout"]).unsqueeze(0)  # [1, B, labels]
-        t = (torch.rand(1).double() + torch.arange(len(latent)) / len(latent)) % 1
+        label = branches(widened(step.condition, self.labels), self.parts, c["condition_dropout"])
+        t = times(len(latent))
         alpha_bar = torch.from_numpy(COSINE.alpha_bar(t.numpy())).float().to(device)
         a = alpha_bar.view(-1, 1, 1)
         eps = torch.randn_like(latent)
@@ -203,15 +156,8 @@ class R2IDTask:
         return noisy, at, alpha_bar, label, eps, loss_weight(kind, parameter, alpha_bar)
 
     @staticmethod
-    def loss(
-        model: R2IDModels,
-        noisy: Tensor,
-        at: Tensor,
-        alpha_bar: Tensor,
-        label: Tensor,
-        eps: Tensor,
-        weight: Tensor,
-    ) -> Tensor:
+    def loss(model: R2IDModels, *inputs: Tensor) -> Tensor:
+        noisy, at, alpha_bar, label, eps, weight = inputs
         predicted = model.r2id.predict_tokens(noisy, at, alpha_bar, model.condition(label))
         return ((predicted - eps).square().mean((-2, -1)) * weight).mean()
 
@@ -249,4 +195,24 @@ class Summaries:
         return [(kv[chosen].float(), k[chosen].float()) for kv, k in self.kept]
 
 
-Task = R2IRTask | R2IDTask
+STAGES = (
+    Stage("r2ir", R2IRTask, KEYS | {"queries", "images"}, ("r2ir",)),
+    Stage(
+        "r2id",
+        R2IDTask,
+        KEYS | {"cross_dropout", "condition_dropout", "loss_weight", "keep_summaries"},
+        ("r2ir", "r2id"),
+    ),
+)
+
+
+def build(config: dict[str, Any], source: str) -> R2Models:
+    """Fresh models with the configuration's dropouts, initialised from torch's generator."""
+    dropouts = {
+        stage.name: {key: config[stage.name][key] for key in DROPOUTS if key in config[stage.name]}
+        for stage in STAGES
+    }
+    models = R2Models(read(ModelConfig, config["model"], source), **dropouts)
+    initialise_r2ir(models.r2ir)
+    initialise_r2id(models.r2id)
+    return models

@@ -1,0 +1,1 @@
+"""HDiT: the Hourglass Diffusion Transformer of k-diffusion."""

@@ -1,0 +1,1 @@
+"""S2ID: axial transformers in which every pixel is a token."""

@@ -1,0 +1,1 @@
+"""SiD2: Simpler Diffusion, a residual U-ViT in pixels."""

@@ -1,0 +1,1 @@
+"""SIID: axial transformers over folded pixels, the first of the line."""
