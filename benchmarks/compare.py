@@ -32,6 +32,7 @@ from benchmarks.contenders import (
     prepare,
 )
 from runtime import cli, doctor
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import size_name
 from runtime.errors import IncompatibleError
 
@@ -52,7 +53,7 @@ def compare(args: argparse.Namespace) -> None:
     sizes = args.sizes or [*(QUICK_SIZES if quick else SIZES)]
     rounds, seconds = args.rounds or (1 if quick else 3), 1.0 if quick else 4.0
     contenders = [c for c in CONTENDERS if not (quick and c.slow)]
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1)
     with tempfile.TemporaryDirectory() as name, pool:

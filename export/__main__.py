@@ -19,7 +19,7 @@ from export.verify import trajectory_parity
 from reference import checkpoint
 from runtime import cli
 from runtime.bundle.commit import commit
-from runtime.bundle.files import staging
+from runtime.bundle.folders import staging
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, Source
 
 

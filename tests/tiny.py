@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from reference.families.r2.model import R2Models
 
 from export.__main__ import main as export
 from reference import checkpoint
+from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
 
 

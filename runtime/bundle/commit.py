@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from runtime.bundle.files import staging
+from runtime.bundle.folders import staging
 from runtime.bundle.manifest import FILE_NAME, GraphSpec, Manifest, PlanSpec, read_manifest
 
 HASHED = re.compile(r"(.+)\.[0-9a-f]{16}(\.[a-z]+)")

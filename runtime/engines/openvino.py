@@ -18,7 +18,7 @@ from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
-from runtime.memory import memory_error
+from runtime.memory import is_out_of_memory, memory_error
 from runtime.providers import PROVIDERS
 
 DEVICE = "CPU"
@@ -36,7 +36,6 @@ KEPT_KERNELS = {"CPU_RUNTIME_CACHE_CAPACITY": "16"}
 KEPT_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 MARK = 0x7FC0DEAD
 Shape = tuple[int, ...]
-OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate", "out of memory")
 
 
 def load_library() -> Any:
@@ -119,7 +118,7 @@ class OpenVinoEngine:
             # What ran out of memory stays as it was then, for every later request of any size.
             with self._compiling:
                 self.compiled.clear()
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
         names = outputs or [tensor.name for tensor in self.spec.outputs]
@@ -157,7 +156,7 @@ class OpenVinoEngine:
                 graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
             return load_core().compile_model(graph, DEVICE, self.properties)
         except Exception as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise IncompatibleError(
                 f"--provider openvino: {self.spec.file}: {_refusal(error)}. Check each "
@@ -292,7 +291,3 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith("Exception from")]
     return said[-1] if said else type(error).__name__
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(t in str(error).lower() for t in OUT_OF_MEMORY)

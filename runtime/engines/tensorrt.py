@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from runtime.bundle.files import atomic_write, exclusive
+from runtime.bundle.files import atomic_write
+from runtime.bundle.folders import exclusive
 from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
 from runtime.bundle.profiles import choose
 from runtime.engines import HISTORY

@@ -54,7 +54,7 @@ def _estimate(x: Any, eps: Any, p: float, q: float) -> Any:
 
 
 def require_finite(x: Any, where: str, what: str = "the latent") -> None:
-    """Raise NumericalError where `x`, which is `what`, has NaN or infinity (max carries both on)."""
+    """Raise NumericalError where `x`, which is `what`, has NaN or infinity; max carries both."""
     if not math.isfinite(float(abs(x).max())):
         raise NumericalError(
             f"found NaN or infinity in {what} at {where}; expected finite numbers. "

@@ -11,7 +11,8 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from calibration import half
 from calibration.samples import Arrays, Samples
-from runtime.bundle.files import LOCK_NAME, TEMPORARY_PREFIX
+from runtime.bundle.files import TEMPORARY_PREFIX
+from runtime.bundle.folders import LOCK_NAME
 from runtime.bundle.manifest import GraphSpec, Manifest, read_manifest
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library

@@ -53,7 +53,7 @@ def damage(path: Path, kind: str) -> str:
     length = int.from_bytes(data[:8], "little")
     if kind == "truncated":
         path.write_bytes(data[:-1])
-        return "not a whole safetensors file"
+        return "no whole safetensors file"
     if kind == "header":
         path.write_bytes((1 << 40).to_bytes(8, "little") + data[8:])
         return "header of 1099511627776 bytes"
@@ -62,14 +62,14 @@ def damage(path: Path, kind: str) -> str:
         return "header"
     if kind == "json":
         path.write_bytes(data[:8] + b"\xff" * length + data[8 + length :])
-        return "not JSON"
+        return "no JSON in its metadata"
     if kind == "overlap":
         header = json.loads(data[8 : 8 + length])
         names = [name for name in header if name != "__metadata__"]
         header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        return "not a whole safetensors file"
+        return "no whole safetensors file"
     if kind == "metadata":
         save_file(load_file(path), path)
         return "metadata without"

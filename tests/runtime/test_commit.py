@@ -11,7 +11,8 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.bundle.commit import HASHED, commit, editing
-from runtime.bundle.files import sha256, staging
+from runtime.bundle.files import sha256
+from runtime.bundle.folders import staging
 from runtime.bundle.manifest import GraphSpec, Manifest, read_manifest
 from tests.runtime.test_faults import field
 

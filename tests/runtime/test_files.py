@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.bundle.files import Measures, atomic_write, check_writable, remove_stale
+from runtime.bundle.files import Measures, atomic_write, check_writable
+from runtime.bundle.folders import remove_stale
 from runtime.errors import ResourceError
 from tests.conftest import Command
 
