@@ -56,7 +56,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             raise
         if isinstance(error, MemoryError):
             error = memory_error(error)
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{parser.prog}: error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
 
@@ -227,6 +227,13 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
         return value
 
     return convert
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: control characters and reversed directions."""
+    return "".join(
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:

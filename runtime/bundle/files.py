@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import stat
 import tempfile
 import time
@@ -112,7 +113,7 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise ResourceError(
             f"{path.parent}: no such folder; expected one to write {path.name} in. "
-            f"Create it with: mkdir -p {path.parent}"
+            f"Create it with: mkdir -p {shlex.quote(str(path.parent))}"
         )
     check_folder(path.parent)
 
@@ -205,7 +206,7 @@ def resource_error(path: Path, error: OSError) -> ResourceError:
         errno.ENOSPC: "Free some space or choose another folder",
         errno.EROFS: "The folder is read-only: choose another",
         errno.EACCES: "Permission is missing: choose another folder or change its mode",
-        errno.ENOENT: f"Create the folder with: mkdir -p {path.parent}",
+        errno.ENOENT: f"Create the folder with: mkdir -p {shlex.quote(str(path.parent))}",
     }.get(error.errno or 0, "Choose another folder")
     return ResourceError(
         f"{path}: cannot be written ({error.strerror}); what was there before is intact. {remedy}"

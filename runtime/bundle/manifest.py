@@ -5,6 +5,7 @@ states its lifetime, and what one gives is what a later one takes under that nam
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +55,11 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     def names(self) -> list[str]:
         """The named axes, each once and without its divisor."""
         return [*dict.fromkeys(a.partition("/")[0] for a in self.axes if isinstance(a, str))]
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell reads it, in a command that a user is told to type."""
+    return shlex.quote(str(path))
 
 
 def side_of(axis: str, sizes: Mapping[str, int]) -> int:
@@ -170,8 +176,8 @@ class PlanSpec(Struct, frozen=True, forbid_unknown_fields=True):
         """What to do where this plan does not fit: the command that builds it anew."""
         precision = "" if self.precision == "fp32" else f" --precision {self.precision}"
         return (
-            f"Build it anew with: {TO_PLAN} {folder} --target {target}{precision}; "
-            f"or run the graph: --engine {(folder / self.file).with_suffix('.onnx')}"
+            f"Build it anew with: {TO_PLAN} {quoted(folder)} --target {target}{precision}; "
+            f"or run the graph: --engine {quoted((folder / self.file).with_suffix('.onnx'))}"
         )
 
 
@@ -258,7 +264,7 @@ class Manifest(Content, frozen=True):
             made_by = "calibration.half" if precision in ("fp16", "bf16") else "calibration"
             raise UsageError(
                 f"{self.folder}: no graphs in {precision}; found {', '.join(found)}. Make them "
-                f"with: python -m {made_by} {self.folder} --precision {precision}"
+                f"with: python -m {made_by} {quoted(self.folder)} --precision {precision}"
             )
 
     def plan(self, name: str, precision: str = "fp32") -> PlanSpec | None:
@@ -328,7 +334,7 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
         if made_for != FORMAT:
             raise ArtefactError(
                 f"{path}: format {made_for}; this version reads {FORMAT}. Make the bundle again "
-                f"with: python -m export --checkpoint CHECKPOINT.safetensors --out {folder}"
+                f"with: python -m export --checkpoint CHECKPOINT.safetensors --out {quoted(folder)}"
             )
         content = msgspec.json.decode(data, type=Content)
     return Manifest(**msgspec.structs.asdict(content), folder=folder, sha256=found)

@@ -18,7 +18,7 @@ from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
-from runtime.memory import is_out_of_memory, memory_error
+from runtime.memory import is_out_of_memory, memory, memory_error
 from runtime.providers import PROVIDERS
 
 DEVICE = "CPU"
@@ -34,6 +34,8 @@ OWN_TOKENS, OWN_FORMS = 2048, 4
 # thousands of kernels, if not told otherwise.
 KEPT_KERNELS = {"CPU_RUNTIME_CACHE_CAPACITY": "16"}
 KEPT_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# No run takes so many times what goes in and comes out of it, and so many bytes more.
+SPARE_TIMES, SPARE = 200, 1 << 29
 MARK = 0x7FC0DEAD
 Shape = tuple[int, ...]
 
@@ -90,6 +92,7 @@ class OpenVinoEngine:
             raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
         check_interface(spec, shapes_of(self.graph.inputs), shapes_of(self.graph.outputs))
         self.compiled: dict[tuple[Shape, ...], Any] = {}  # the one used last at the end
+        self.broken: str | None = None  # why the graph is not run again
         self._compiling = threading.Lock()
         self._threads = threading.local()
         if spec.lifetime == "step":
@@ -102,6 +105,8 @@ class OpenVinoEngine:
     ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
         sizes = self.spec.check_inputs(inputs)
+        if self.broken is not None:
+            raise ArtefactError(self.broken)
         own = self.spec.lifetime == "step" and self._has_own_form(sizes)
         shapes = tuple(inputs[t.name].shape for t in self.spec.inputs) if own else ()
         native = self._native(shapes)
@@ -119,10 +124,27 @@ class OpenVinoEngine:
             with self._compiling:
                 self.compiled.clear()
             if is_out_of_memory(error):
+                self._check_spare(sizes, error)
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
         names = outputs or [tensor.name for tensor in self.spec.outputs]
         return {name: found[name] for name in names}
+
+    def _check_spare(self, sizes: Mapping[str, int], error: Exception) -> None:
+        """Raise ArtefactError, now and ever after, where memory cannot have run out at `sizes`.
+
+        A graph that is damaged behind the right hash shows like this, and its next run might end
+        the process.
+        """
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        numbers = sum(math.prod(tensor.shape(sizes)) for tensor in tensors)
+        left = memory()["available"]
+        if left is not None and left > SPARE + 4 * numbers * SPARE_TIMES:
+            self.broken = (
+                f"{self.spec.file}: openvino fails on it ({_reason(error)}) with {left >> 20} MiB "
+                f"to spare, as on a damaged graph. {REBUILD}"
+            )
+            raise ArtefactError(self.broken) from None
 
     def _has_own_form(self, sizes: Mapping[str, int]) -> bool:
         """Whether steps at `sizes` of the named axes are compiled for these alone."""

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from runtime.bundle.files import atomic_write
 from runtime.bundle.folders import exclusive
-from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
+from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec, quoted
 from runtime.bundle.profiles import choose
 from runtime.engines import HISTORY
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
@@ -154,7 +154,7 @@ def check_plan(plan: PlanSpec, graph: GraphSpec, folder: Path) -> None:
     except IncompatibleError as error:
         raise IncompatibleError(
             f"{path}: built for {', '.join(plan.targets)}; {error}. Or run the graph: "
-            f"--engine {folder / graph.file}"
+            f"--engine {quoted(folder / graph.file)}"
         ) from None
     if target not in plan.targets:
         raise IncompatibleError(

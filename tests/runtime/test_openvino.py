@@ -228,6 +228,23 @@ def test_a_run_that_fails_says_why_and_the_next_one_works() -> None:
     np.testing.assert_array_equal(engine.run(good)["y"], np.arange(1, 5, dtype=np.float32))
 
 
+@NEEDED
+def test_a_graph_that_fails_with_memory_to_spare_is_not_run_again(manifest: Manifest) -> None:
+    """One whose output OpenVINO leaves unwritten, as it does of some that are damaged."""
+    engine = open_engine(manifest, "r2id_position", options())
+    assert isinstance(engine, OpenVinoEngine)
+    feed = inputs(manifest, "r2id_position", SIZES[1])
+    whole, spec = engine.run(feed)["position"], engine.spec
+    engine.spec = replace(spec, outputs=(replace(spec.outputs[0], axes=("height", 1, 16)),))
+    with pytest.raises(ArtefactError, match=r"position.onnx: openvino fails .* to spare"):
+        engine.run(feed)
+    engine.spec = spec
+    with pytest.raises(ArtefactError, match=r"position.onnx: openvino fails .* to spare"):
+        engine.run(feed)
+    again = open_engine(manifest, "r2id_position", options())
+    np.testing.assert_array_equal(again.run(feed)["position"], whole)
+
+
 OUT_OF_MEMORY = """
 import sys
 import numpy as np
