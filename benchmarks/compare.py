@@ -22,6 +22,7 @@ from benchmarks import apart, report
 from benchmarks.contenders import CONTENDERS, GEMMS, Contender, Prepared, Size, add_options, prepare
 from benchmarks.steps import measure_all
 from runtime import cli, doctor
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import size_name
 from runtime.errors import IncompatibleError
 from runtime.progress import Bar
@@ -44,7 +45,7 @@ def compare(args: argparse.Namespace) -> None:
     sizes = args.sizes or [*(QUICK_SIZES if quick else SIZES)]
     rounds, seconds = args.rounds or (1 if quick else 3), 1.0 if quick else 4.0
     contenders = [c for c in CONTENDERS if not (quick and c.slow)]
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     with tempfile.TemporaryDirectory() as name:
         prepared = prepared_apart(Path(name), args.config, sizes, contenders)
         each = [c for _ in range(rounds) for c in (*GEMMS, *contenders)]

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.contenders import Prepared, Size, add_options, prepare
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import size_name
 from runtime.engines.onnxruntime import load_library
 from runtime.progress import Bar
@@ -78,7 +79,7 @@ def by_kind(operators: dict[str, float]) -> dict[str, float]:
 
 def profile(args: argparse.Namespace) -> None:
     """Export once, profile every form at every size, print, write and draw."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1)

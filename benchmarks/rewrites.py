@@ -41,6 +41,7 @@ from reference.families.parts.layers import ATTENTION_EPSILON
 from reference.families.r2.model import R2Models
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import size_name
 from runtime.bundle.manifest import Array, TensorSpec, relative_error
 from runtime.progress import Bar
@@ -180,7 +181,7 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> tuple[Prepared, dic
 
 def rewrites(args: argparse.Namespace) -> None:
     """Export every form, time them in turns, print and write what each rewrite gains."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     rows: list[list[str]] = [["rewrite", *map(size_name, args.sizes)]]
     gains: dict[str, dict[str, float]] = {}

@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime import cli
 from runtime.bundle.files import atomic_write
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array
 from runtime.engines import EngineOptions
@@ -193,7 +194,7 @@ def compare(args: argparse.Namespace) -> None:
         "mean_psnr_db": found,
         "rows": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     with atomic_write(args.out / "solvers.json") as file:
         file.write(json.dumps(about, indent=1).encode() + b"\n")
     plot(found, args.out / "solvers.png")

@@ -29,7 +29,7 @@ from calibration.samples import (
     load,
 )
 from runtime import cli
-from runtime.bundle.files import staging
+from runtime.bundle.commit import editing
 from runtime.bundle.manifest import DEFAULT_BUNDLE, GraphSpec, Manifest, find_bundle, read_manifest
 from runtime.errors import UsageError
 from runtime.progress import Bar
@@ -50,7 +50,7 @@ def calibrate(args: argparse.Namespace) -> None:
     settings = Settings(
         tuple(args.sizes), args.guidance, args.steps, args.every, args.pictures, args.seed
     )
-    with staging(manifest.folder) as scratch:
+    with editing(manifest.folder) as (manifest, scratch):
         if args.samples:
             samples = load(args.samples, manifest)
         else:

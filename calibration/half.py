@@ -31,7 +31,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from calibration.samples import Arrays, Samples, heavy
 from runtime import cli
-from runtime.bundle.files import atomic_write, sha256, staging
+from runtime.bundle.commit import commit, editing
+from runtime.bundle.files import atomic_write, sha256
 from runtime.bundle.manifest import (
     DEFAULT_BUNDLE,
     Array,
@@ -39,7 +40,6 @@ from runtime.bundle.manifest import (
     Manifest,
     Parity,
     find_bundle,
-    read_manifest,
     relative_error,
 )
 from runtime.engines import EngineOptions
@@ -346,8 +346,7 @@ def write_variant(
 
 def add_variants(args: argparse.Namespace) -> None:
     """Make and check the graphs beside their place, then put them there, the manifest last."""
-    manifest = read_manifest(find_bundle(args.bundle))
-    with staging(manifest.folder) as scratch:
+    with editing(find_bundle(args.bundle)) as (manifest, scratch):
         made = make_variants(manifest, args.precision, scratch, LARGE)
         put_variants(manifest, made, scratch)
     for precision, own in made.items():
@@ -356,15 +355,10 @@ def add_variants(args: argparse.Namespace) -> None:
 
 
 def put_variants(manifest: Manifest, made: dict[str, dict[str, GraphSpec]], scratch: Path) -> None:
-    """Move finished graphs from `scratch` into the bundle, the manifest last."""
-    folder = manifest.folder
-    kept = {p: own for p, own in manifest.variants.items() if p not in made}
-    if kept != manifest.variants:  # no manifest may name a file while it is replaced
-        replace(manifest, variants=kept).write(folder)
-    for spec in [spec for own in made.values() for spec in own.values()]:
-        (scratch / spec.file).replace(folder / spec.file)
-    variants = {p: (kept | made)[p] for p in cli.PRECISIONS if p in kept | made}
-    replace(manifest, variants=variants).write(folder)
+    """Move finished graphs from `scratch` into the bundle; see `commit`."""
+    every = manifest.variants | made
+    variants = {p: every[p] for p in cli.PRECISIONS if p in every}
+    commit(replace(manifest, variants=variants), manifest.folder, scratch)
 
 
 def precisions(text: str) -> list[str]:

@@ -27,6 +27,7 @@ from calibration.samples import heavy
 from calibration.speed import engines_here, speed
 from runtime import cli
 from runtime.bundle.files import Measures, atomic_write, sha256
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
 from runtime.engines import Engine, EngineOptions
@@ -269,7 +270,7 @@ def report(args: argparse.Namespace) -> None:
     if not precisions:
         manifest.check_precision("int8")
     reader = classifier(args.classifier) if args.classifier else None
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     measures = Measures(args.out / "measures.json", settings(manifest, precisions, args))
     sizes = {
         size_name(s): measures.take(

@@ -8,23 +8,26 @@ For quantisation `calibration_set` records whole DDIM trajectories, at several s
 scales, and the resampler on its way there and back; they are kept in a file that knows its bundle.
 """
 
-import gzip
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 
 from calibration.recorder import Recorder
+from runtime.bundle.arrays import read_arrays, require
+from runtime.bundle.files import parsing
 from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import Array, Manifest
 from runtime.coordinates import grid
 from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError, UsageError
+from runtime.images.idx import read_idx
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.pipeline.tiler import Roles
@@ -42,8 +45,30 @@ TRAJECTORY_STEPS = 4
 FORMAT = 1
 FILE_NAME = "calibration-{}.npz"
 IDX_FILE = "train-images-idx3-ubyte"
+LARGEST, MOST_ARRAYS = (1 << 32) - 1, 10_000  # of a file of samples, in bytes and in number
 
 Arrays = dict[str, Array]
+
+
+class _Key(Struct):
+    """What a file of samples was made of, as far as a reader needs it."""
+
+    bundle: str
+
+
+class _Row(Struct):
+    """A sample in such a file, its arrays by name."""
+
+    graph: str
+    size: Size
+    inputs: dict[str, str]
+    t: float | None
+    guidance_scale: float | None
+
+
+class _Index(Struct):
+    key: _Key
+    samples: list[_Row]
 
 
 def heavy(manifest: Manifest) -> list[str]:
@@ -190,15 +215,12 @@ def fingerprint(manifest: Manifest) -> str:
 
 def read_pictures(folder: Path, settings: Settings) -> Array:
     """Digits of MNIST's training images: float32 `[pictures, 1, 32, 32]` in [-1, 1]."""
-    found = [p for p in (folder / IDX_FILE, folder / f"{IDX_FILE}.gz") if p.is_file()]
-    if not found:
-        raise ArtefactError(f"{folder}: no {IDX_FILE} or {IDX_FILE}.gz. Name another --data")
-    try:
-        data = found[0].read_bytes()
-        data = gzip.decompress(data) if found[0].suffix == ".gz" else data
-        digits = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 28, 28)
-    except (OSError, EOFError, ValueError) as error:
-        raise ArtefactError(f"{found[0]}: no IDX file ({error}). Copy it again") from None
+    digits = read_idx(folder / IDX_FILE)
+    if digits.ndim != 3 or len(digits) < settings.pictures or not digits.size:
+        raise ArtefactError(
+            f"{folder / IDX_FILE}: {digits.shape}; expected at least {settings.pictures} digits. "
+            "Copy it again"
+        )
     chosen = np.random.default_rng(settings.seed).choice(len(digits), settings.pictures, False)
     padded = np.pad(digits[chosen], ((0, 0), (2, 2), (2, 2)))
     return (padded[:, None] / np.float32(127.5) - 1).astype(np.float32)
@@ -293,26 +315,22 @@ def save(path: Path, key: Mapping[str, Any], samples: Iterable[Sample]) -> None:
 
 def load(path: Path, manifest: Manifest) -> list[Sample]:
     """Read samples; raises ArtefactError where they are none, of another bundle, or not finite."""
-    again = "Delete it and make it again with: python -m calibration"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            index = json.loads(file["index"].tobytes())
-            arrays = {name: file[name] for name in file.files if name != "index"}
-        made_of = index["key"]["bundle"]
+    what, again = "calibration data", "Delete it and make it again with: make calibrate"
+    arrays = read_arrays(path, what, again, LARGEST, MOST_ARRAYS)
+    text = require(path, arrays, "index", again)
+    with parsing(path, what, again):
+        index = msgspec.json.decode(text.tobytes(), type=_Index)
         samples = [
             Sample(
-                row["graph"],
-                (int(row["size"][0]), int(row["size"][1])),
-                {name: arrays[digest] for name, digest in row["inputs"].items()},
-                row["t"],
-                row["guidance_scale"],
+                row.graph,
+                row.size,
+                {name: arrays[digest] for name, digest in row.inputs.items()},
+                row.t,
+                row.guidance_scale,
             )
-            for row in index["samples"]
+            for row in index.samples
         ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ArtefactError(f"{path}: no calibration data ({reason}). {again}") from None
-    if made_of != fingerprint(manifest):
+    if index.key.bundle != fingerprint(manifest):
         raise ArtefactError(
             f"{path}: calibration data of another bundle; expected that of {manifest.folder}. "
             f"{again}"

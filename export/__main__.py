@@ -18,7 +18,8 @@ from export.verify import trajectory_parity
 from reference import checkpoint
 from reference.provenance import label_parts, trained_range
 from runtime import cli
-from runtime.bundle.files import staging
+from runtime.bundle.commit import commit
+from runtime.bundle.folders import staging
 from runtime.bundle.interface import Interface
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, Source
 from runtime.progress import Bar
@@ -29,10 +30,7 @@ def export(args: argparse.Namespace) -> None:
     loaded = checkpoint.load(args.checkpoint)
     out: Path = args.out
     with staging(out) as scratch:
-        manifest = make_bundle(loaded, scratch)
-        for _, spec in manifest.forms():
-            (scratch / spec.file).replace(out / spec.file)
-        manifest.write(out)
+        commit(manifest := make_bundle(loaded, scratch), out, scratch)
     print(f"bundle: {out} ({len(manifest.graphs)} graphs, {worst(manifest)})")
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from export.plans import Job, PlanBuilder, check_targets, plan_file
 from export.profiles import Ranges, SizeRange, explain
 from runtime import cli
-from runtime.bundle.files import staging
+from runtime.bundle.commit import commit, editing
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Manifest, find_bundle, read_manifest
 from runtime.bundle.profiles import Cost
 from runtime.engines.cuda import device_target
@@ -52,8 +52,7 @@ def build(args: argparse.Namespace) -> None:
     flavour = args.flavour or default_flavour()
     library = load_library(flavour)
     targets = resolve_targets(library, flavour, args.target)
-    with staging(folder) as scratch:
-        manifest = read_manifest(folder)
+    with editing(folder) as (manifest, scratch):
         jobs = []
         for name in names:
             spec = manifest.graph(name, args.precision)
@@ -82,10 +81,7 @@ def build_all(
             data, spec = builder.plan(job)
             (scratch / spec.file).write_bytes(data)
             plans[spec.file] = spec
-    for job in jobs:
-        name = plan_file(job.spec)
-        (scratch / name).replace(folder / name)
-    replace(manifest, plans=plans).write(folder)
+    commit(replace(manifest, plans=plans), folder, scratch)
     size = sum(plans[plan_file(job.spec)].bytes for job in jobs)
     print(
         f"plans: {folder} ({len(jobs)} for {', '.join(targets)}, {size / 1e6:.1f} MB, "

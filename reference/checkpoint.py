@@ -4,27 +4,33 @@ The metadata holds the family's name (R2's where there is none) and two JSON tex
 the family's [model] says) and `provenance` (how it was made).
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from reference.families import FAMILIES, R2, Family, family_of
 from reference.families.parts.models import Models
-from runtime.bundle.files import atomic_write, read_bytes, sha256
+from runtime.bundle.files import atomic_write, parsing, read_bytes, sha256
+from runtime.bundle.interface import Text
 from runtime.errors import ArtefactError
 
 SHIPPED = Path(__file__).parent / "weights" / "mnist.safetensors"
 LONGEST_HEADER = 100 << 20  # as the safetensors format allows
 HOW = "Train one with: python -m reference.train"
 LISTED = 8  # differences named in one error
+WHAT, AGAIN = "checkpoint", "Copy it again"
+SPARE = 1000  # tensors that a file may lack and still have each of them named
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -73,19 +79,47 @@ def load(path: Path) -> Checkpoint:
         raise ArtefactError(
             f"{path}: of the family {metadata['family']!r}; expected one of {sorted(FAMILIES)}"
         )
-    models = family.open(_json(metadata["config"], path), f"{path}")
+    config = _json(metadata["config"], path)
+    with parsing(path, WHAT, AGAIN):
+        # Tensors without numbers first: what a configuration promises takes no memory yet.
+        with torch.device("meta"), at_most(len(tensors)):
+            check_tensors(family.open(config, f"{path}"), tensors, path)
+        models = family.open(config, f"{path}")
     load_tensors(models, tensors, path)
     provenance = _json(metadata["provenance"], path)
+    with parsing(path, "provenance of a checkpoint", AGAIN):
+        msgspec.convert(provenance, Provenance)
     return Checkpoint(family, models.eval().requires_grad_(False), provenance, sha256(data))
+
+
+class Provenance(msgspec.Struct):
+    """What is read of a checkpoint's provenance, which may hold anything else."""
+
+    labels: tuple[Text, ...] | None = None
+
+
+@contextlib.contextmanager
+def at_most(tensors: int) -> Iterator[None]:
+    """Stop models that are built in the block at far more parameters than a file has tensors."""
+    left = [2 * tensors + SPARE]
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        left[0] -= parameter is not None
+        if left[0] < 0:
+            raise ValueError(f"its configuration promises far more than its {tensors} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def parse(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file's bytes; raises ArtefactError."""
     metadata = read_metadata(data, path)
-    try:
+    with parsing(path, "whole safetensors file", AGAIN):
         return load_safetensors(data), metadata
-    except SafetensorError as error:
-        raise ArtefactError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def read_metadata(data: bytes, path: Path) -> dict[str, str]:
@@ -98,13 +132,19 @@ def read_metadata(data: bytes, path: Path) -> dict[str, str]:
         )
     header = _json(data[8 : 8 + length], path)
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ArtefactError(f"{path}: header is no JSON object; expected a safetensors file")
     return metadata
 
 
 def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy `tensors` into `module`; raises ArtefactError naming whatever differs."""
+    check_tensors(module, tensors, path)
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def check_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise ArtefactError naming whatever differs between `tensors` and those of `module`."""
     wanted = module.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in wanted]
@@ -113,7 +153,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         if found.shape != expected.shape:
             shapes = f"{tuple(found.shape)}; expected {tuple(expected.shape)}"
             problems.append(f"{name} is {shapes}")
-        elif not found.is_floating_point():
+        elif found.dtype not in DTYPES:
             problems.append(f"{name} is {found.dtype}; expected a floating-point type")
         elif not torch.isfinite(found).all():
             problems.append(f"{name} holds NaN or infinity")
@@ -121,11 +161,8 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         listed = "; ".join(sorted(problems)[:LISTED])
         raise ArtefactError(f"{path}: does not fit its configuration: {listed}{more}")
-    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
 def _json(text: str | bytes, path: Path) -> Any:
-    try:
+    with parsing(path, "JSON in its metadata", AGAIN):
         return json.loads(text)
-    except ValueError as error:
-        raise ArtefactError(f"{path}: metadata is not JSON ({error}); copy it again") from None

@@ -3,7 +3,6 @@
 Images are held as uint8 `[count, c, h, w]` with labels `[count]` int64.
 """
 
-import gzip
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.errors import ArtefactError, UsageError
+from runtime.images.idx import MAGIC, read_idx
 from runtime.images.picture import ImageFile
 from runtime.images.pixels import to_uint8
 
@@ -25,7 +25,6 @@ MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 MNIST_SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-IDX_UINT8 = 8
 MNIST_MARGIN = 2  # 28 × 28 digits in 32 × 32 images
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Colours that digits and their grounds are painted in, RGB in 0 … 255.
@@ -82,34 +81,6 @@ class Images:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, raw or gzip; checked before its size is believed.
-
-    Raises ArtefactError for a missing file, a wrong magic number or a wrong length.
-    """
-    packed = path.with_name(path.name + ".gz")
-    try:
-        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
-    except FileNotFoundError:
-        raise ArtefactError(
-            f"{path}: neither it nor {packed.name} is there; expected MNIST's IDX files. Pass "
-            f"their folder with --data; {packed.name} is at {MNIST_SOURCE}"
-            + (f", SHA-256 {known} unpacked" if (known := MNIST_SHA256.get(path.name)) else "")
-        ) from None
-    except (OSError, EOFError) as error:
-        raise ArtefactError(f"{packed}: not a whole gzip file ({error}); copy it again") from None
-    if len(data) < 4 or data[:3] != bytes([0, 0, IDX_UINT8]):
-        raise ArtefactError(f"{path}: begins with {data[:4].hex()}; expected IDX magic 000008NN")
-    header = 4 + 4 * data[3]
-    shape = tuple(int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4))
-    expected = header + int(np.prod([int(side) for side in shape], dtype=object))
-    if len(data) != expected:
-        raise ArtefactError(
-            f"{path}: {len(data)} bytes; its header promises {expected} for {shape}. Copy it again"
-        )
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
-
-
 def load_mnist(folder: Path, split: str = "train", check_hash: bool = True) -> Images:
     """MNIST's `train` (60,000) or `t10k` (10,000) split as 32 × 32 grey images.
 
@@ -118,9 +89,11 @@ def load_mnist(folder: Path, split: str = "train", check_hash: bool = True) -> I
     arrays = {}
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         name = f"{split}-{kind}"
-        array = read_idx(folder / name)
-        magic = bytes([0, 0, IDX_UINT8, array.ndim])
-        header = magic + b"".join(side.to_bytes(4, "big") for side in array.shape)
+        source = f"{name}.gz is at {MNIST_SOURCE}, SHA-256 {MNIST_SHA256[name]} unpacked"
+        array = read_idx(folder / name, source)
+        header = (
+            MAGIC + bytes([array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
+        )
         found = hashlib.sha256(header + array.tobytes()).hexdigest()
         if check_hash and found != MNIST_SHA256[name]:
             raise ArtefactError(

@@ -35,6 +35,7 @@ from reference.evaluation.report import print_report
 from reference.evaluation.sheets import Sheets, save_chart
 from runtime import cli
 from runtime.bundle.files import Measures
+from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import size_name
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
@@ -224,7 +225,7 @@ def evaluate(args: argparse.Namespace) -> None:
     loaded, own = checkpoint.load(args.checkpoint), extent(args)
     train, test = real_digits(args, loaded)
     draw = drawing(args, loaded, train.parts)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     classifier = trained_classifier(train, args.classifier or args.out / "classifier.safetensors")
     graphs = f"graphs in {args.precision} on {args.provider}"
     settings = {

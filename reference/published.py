@@ -9,8 +9,10 @@ is run: a pickle that holds more than tensors and plain data is refused.
 """
 
 import argparse
+import io
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from reference import checkpoint
 from reference.families import FAMILIES, Conversion, Family
 from reference.families.parts.published import Published
 from runtime import cli
-from runtime.bundle.files import check_writable, read_bytes, sha256
+from runtime.bundle.files import check_writable, parsing, read_bytes, sha256
 from runtime.errors import ArtefactError, UsageError
 
 WEIGHTS = ("model_ema", "model")  # of a training checkpoint, the averaged ones first
@@ -48,36 +50,54 @@ def read_file(path: Path) -> Published:
         settings, loaded = loaded.get("config"), loaded[key]
         if not all(isinstance(value, Tensor) for value in loaded.values()):
             raise ArtefactError(f"{path}: {key} holds more than tensors; expected a state dict")
-    return Published(path, dict(loaded), settings)
+    return Published(path, checked(path, loaded, path.stat().st_size), settings)
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
     """What torch.save wrote, read without running code; raises ArtefactError."""
     data = read_bytes(path, "a state dict (.pt)", "Check its name")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise ArtefactError(
-            f"{path}: refused, since its pickle asks for more than tensors ({reason}). "
-            "Save a plain state dict: torch.save(model.state_dict(), path)"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise ArtefactError(
-            f"{path}: {len(data)} bytes that torch cannot read ({reason}); copy it again"
-        ) from None
+    with parsing(path, "state dict that torch can read", "Copy it again"):
+        check_packed(data)
+        try:
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).split("\n")[0]
+            raise ArtefactError(
+                f"{path}: refused, since its pickle asks for more than tensors ({reason}). "
+                "Save a plain state dict: torch.save(model.state_dict(), path)"
+            ) from None
     if not isinstance(loaded, Mapping) or not loaded:
         raise ArtefactError(f"{path}: holds {type(loaded).__name__}; expected a dict of tensors")
     return loaded
 
 
+def check_packed(data: bytes) -> None:
+    """Raise ValueError for an archive that unpacks to more than it is; torch packs nothing."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > len(data):
+            raise ValueError(f"it unpacks to {unpacked} bytes from {len(data)}")
+
+
+def checked(path: Path, tensors: Mapping[Any, Any], size: int) -> dict[str, Tensor]:
+    """Plain tensors by name, out of a file of `size` bytes; raises ArtefactError for others."""
+    for name, tensor in tensors.items():
+        plain = isinstance(name, str) and isinstance(tensor, Tensor)
+        plain = plain and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.numel() * tensor.element_size() > size:
+            what = str(getattr(tensor, "dtype", type(tensor).__name__))
+            raise ArtefactError(
+                f"{path}: {str(name)[:100]!r} is no plain tensor ({what}); expected a state dict. "
+                "Save one with: torch.save(model.state_dict(), path)"
+            )
+    return dict(tensors)
+
+
 def parse_settings(text: str | bytes | None, path: Path) -> Any:
     """A JSON configuration; raises ArtefactError for text that is none."""
-    try:
+    with parsing(path, "JSON configuration", "Copy it again"):
         return None if text is None else json.loads(text)
-    except ValueError as error:
-        raise ArtefactError(f"{path}: its configuration is not JSON ({error})") from None
 
 
 def read_files(paths: list[Path], config: Path | None) -> list[Published]:
@@ -113,8 +133,11 @@ def convert(args: argparse.Namespace) -> None:
     check_writable(args.out)
     files = read_files(args.files, args.config)
     family, published = recognise(files)
-    config, tensors = published.convert(files, args)
-    models = family.models(config)
+    with parsing(files[0].path, f"published checkpoint of {family.name}", "Check what it holds"):
+        config, tensors = published.convert(files, args)
+        with torch.device("meta"), checkpoint.at_most(len(tensors)):
+            checkpoint.check_tensors(family.models(config), tensors, files[0].path)
+        models = family.models(config)
     checkpoint.load_tensors(models, tensors, files[0].path)
     sources = {file.path.name: sha256(file.path.read_bytes()) for file in files}
     checkpoint.save(args.out, models, {"published": sources}, torch.float32)

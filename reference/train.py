@@ -32,11 +32,14 @@ from reference.families.parts.training import WEIGHTS, Stage, Step, Task
 from reference.optimizers import KINDS as OPTIMIZERS
 from reference.optimizers import Optimizers
 from runtime import cli
-from runtime.bundle.files import atomic_write, read_bytes, remove_stale, sha256
+from runtime.bundle.files import atomic_write, parsing, read_bytes, sha256
+from runtime.bundle.folders import owning
 from runtime.errors import NumericalError, UsageError
 from runtime.progress import Bar, log
 
 CONFIGS = Path(__file__).parent / "configs"
+ANEW = "Delete it to start anew"
+LARGEST_LOG = 1 << 30  # bytes
 DATASETS = ("mnist", "painted-mnist", "folder")
 KEYS = frozenset(
     {"steps", "batch", "optimizer", "learning_rate", "final_rate", "warmup", "decay"}
@@ -267,7 +270,7 @@ class Run:
         """Continue from the saved state, where there is one: (step, seconds, log rows)."""
         if not self.state_path.exists():
             return 0, 0.0, []
-        data = read_bytes(self.state_path, "a training state", "Delete it to start anew")
+        data = read_bytes(self.state_path, "a training state", ANEW)
         tensors, metadata = checkpoint.parse(data, self.state_path)
         if metadata.get("fingerprint") != self.fingerprint:
             raise UsageError(
@@ -280,12 +283,24 @@ class Run:
             return {k.removeprefix(prefix): v.to(self.speed.device) for k, v in chosen.items()}
 
         checkpoint.load_tensors(model, part("model."), self.state_path)
-        average.update(part("average."))
-        optimizer.load(part("optimizer."))
-        step = int(metadata["step"])
-        with self.log_path.open() as file:
-            logged = [(int(r["step"]), float(r["loss"])) for r in csv.DictReader(file)]
-        return step, float(metadata["seconds"]), logged[:step]
+        with parsing(self.state_path, "training state", ANEW):
+            average.update(self._averages(part("average."), average))
+            optimizer.load(part("optimizer."))
+            step, seconds = int(metadata["step"]), float(metadata["seconds"])
+            if not 0 <= step <= self.steps or not 0 <= seconds < math.inf:
+                raise ValueError(f"step {step} after {seconds} seconds")
+        with parsing(self.log_path, "log of losses", ANEW):
+            text = read_bytes(self.log_path, "a log of losses", ANEW, LARGEST_LOG).decode()
+            rows = csv.DictReader(text.splitlines())
+            logged = [(int(r["step"]), float(r["loss"])) for r in rows]
+        return step, seconds, logged[:step]
+
+    def _averages(self, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The averages of a state; raises ValueError where they are not those of the model."""
+        shapes = {name: tensor.shape for name, tensor in found.items()}
+        if shapes != {name: tensor.shape for name, tensor in wanted.items()}:
+            raise ValueError("its averages are not those of the model")
+        return found
 
 
 def draw_losses(out: Path, runs: list[Run]) -> None:
@@ -317,8 +332,16 @@ def hardware(device: torch.device) -> str:
 
 def train(args: argparse.Namespace) -> None:
     """Every stage, then `checkpoint.safetensors` in the folder `args.out`."""
-    config, name = read_config(args.config), args.config
-    device = torch.device(args.device)
+    config, device = read_config(args.config), device_of(args.device)
+    with owning(args.out):
+        train_in(args.out, args, config, device)
+
+
+def train_in(
+    out: Path, args: argparse.Namespace, config: dict[str, Any], device: torch.device
+) -> None:
+    """`train` in a folder that nobody else writes to."""
+    name = args.config
     on_gpu = device.type == "cuda"
     speed = Speed(
         device,
@@ -333,9 +356,6 @@ def train(args: argparse.Namespace) -> None:
     if args.init is not None:
         init = take_over(models, family, args.init)
     models = models.to(device)
-    out: Path = args.out
-    out.mkdir(parents=True, exist_ok=True)
-    remove_stale(out)
     runs, seconds = [], {}
     for stage in family.training.STAGES:
         runs.append(Run(stage, config, images, out, speed, init))
@@ -357,6 +377,20 @@ def train(args: argparse.Namespace) -> None:
     checkpoint.save(path, models, provenance, getattr(torch, args.dtype))
     draw_losses(out, [run for run in runs if run.steps])
     print(f"checkpoint: {path}")
+
+
+def device_of(name: str) -> torch.device:
+    """A device that tensors can be put on; raises UsageError for another."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"--device {name}: cannot be used here ({reason}); expected cpu, or cuda with a GPU "
+            "and a PyTorch that is built for it"
+        ) from None
+    return device
 
 
 def take_over(models: Models, family: Family, path: Path) -> str:

@@ -25,6 +25,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8w", "fp8")
 DEFAULT_ENGINE = Path("r2id.onnx")  # looked for here, then in build/mnist
 DISTRIBUTIONS = ("r2-edge-runtime", "r2-edge-toolkit")
 LARGEST_SIDE = 1 << 20
+MOST_NUMBERS = 100_000
 SIZE = re.compile(r"(\d+)x(\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
 
@@ -108,7 +109,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             raise
         if isinstance(error, MemoryError):
             error = memory_error(error)
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(printable(f"{parser.prog}: error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     sys.exit(0)
 
@@ -295,6 +296,10 @@ def integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is no list of numbers; expected one as in 7 or 1,3 or 0-9"
             )
+        if len(numbers) + last - first >= MOST_NUMBERS:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} lists more than the {MOST_NUMBERS} numbers that are drawn at most"
+            )
         numbers += range(first, last + 1)
     return numbers
 
@@ -315,6 +320,13 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
         return value
 
     return convert
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: control characters and reversed directions."""
+    return "".join(
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ") -> str:

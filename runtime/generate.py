@@ -2,14 +2,17 @@
 
 import argparse
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from runtime import cli
 from runtime.bundle.files import check_writable
 from runtime.errors import ArtefactError, UsageError
 from runtime.outputs import output_paths
+from runtime.recipe import MOST_IMAGES, label_to_json, read_recipe
 from runtime.render import Drawing
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
     from runtime.sampling.labels import Label
 
 SHEET_COLUMNS = 10
-MOST_IMAGES = 100_000
 log = logging.getLogger("runtime")
 PREVIEW_SIDE, PREVIEW_STEPS = 8, 6  # at most: the latent's shorter side, and the steps
 # What makes an image, with the defaults; a PNG's metadata holds the same keys.
@@ -101,17 +103,15 @@ def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
 
     A PNG that names no solver was drawn before there was a choice: by DDIM.
     """
+    made = metadata.get("request")
+    if isinstance(made, dict) and "solver" not in made:
+        made = BEFORE | made
     try:
-        made = metadata["request"]
-        made = made if "solver" in made else BEFORE | made
-        return {key: _from_json(key, made[key]) for key in DEFAULTS}
-    except (
-        *(KeyError, TypeError, ValueError, IndexError, AttributeError),
-        argparse.ArgumentTypeError,
-    ) as error:
+        return read_recipe(made)
+    except msgspec.ValidationError as error:
         raise ArtefactError(
-            f"{png}: its metadata holds no whole request ({type(error).__name__}: {error}); "
-            "expected a PNG made by runtime.generate, unaltered"
+            f"{png}: its metadata holds no whole request ({error}); expected a PNG made by "
+            "runtime.generate, unaltered"
         ) from None
 
 
@@ -126,49 +126,6 @@ def made_in(png: Path, metadata: dict[str, Any]) -> str:
     return str(precision)
 
 
-def _from_json(key: str, value: Any) -> Any:
-    if value is None and key.startswith("continue"):
-        return None
-    if key == "guidance_interval":
-        return cli.interval("{}..{}".format(*value))
-    if key in ("continue_from", "steps"):
-        return int(value)
-    if key in ("solver", "spacing"):
-        known = SOLVERS if key == "solver" else SPACINGS
-        if value not in known:
-            raise ValueError(f"{key} {value!r}")
-        return value
-    if key in ("latent", "image", "continue_at"):
-        height, width = value
-        return int(height), int(width)
-    if key == "crop":
-        return None if value is None else cli.crop(",".join(map(str, value)))
-    if key == "label":
-        return [label_from_json(label) for label in value]
-    return type(DEFAULTS[key])(value)
-
-
-def label_from_json(label: Any) -> "Label":
-    """What `label_to_json` made."""
-    if isinstance(label, dict):
-        return {_numbers(key.split(":")): float(weight) for key, weight in label.items()}
-    if isinstance(label, list):
-        return _numbers(label)
-    return None if label is None else int(label)
-
-
-def _numbers(each: list[Any]) -> int | tuple[int, ...]:
-    return int(each[0]) if len(each) == 1 else tuple(map(int, each))
-
-
-def label_to_json(label: "Label") -> Any:
-    """A label by numbers as metadata has it: `7`, `[7, 11]` of two parts, `{"7:11": 0.5}`."""
-    if not isinstance(label, Mapping):
-        return label
-    keys = (":".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in label)
-    return dict(zip(keys, label.values(), strict=True))
-
-
 def generate(args: argparse.Namespace) -> None:
     """Check the request and the output, then draw batch after batch."""
     from runtime.sampling.request import Request
@@ -178,9 +135,10 @@ def generate(args: argparse.Namespace) -> None:
     if args.from_png is not None:
         check_bundle(bundle, args.from_png)
     resolve(bundle, wanted)
+    images = len(wanted["label"]) * wanted["count"]
+    if images > MOST_IMAGES:
+        raise UsageError(f"{images} images are asked for; expected at most {MOST_IMAGES}")
     each: list[Label] = [label for label in wanted["label"] for _ in range(wanted["count"])]
-    if len(each) > MOST_IMAGES:
-        raise UsageError(f"{len(each)} images are asked for; expected at most {MOST_IMAGES}")
     runs = [(wanted, args.out)]
     if args.preview:
         runs.insert(0, (preview(bundle, wanted), args.out.with_stem(f"{args.out.stem}-preview")))

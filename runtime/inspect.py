@@ -39,7 +39,10 @@ def inspect(args: argparse.Namespace) -> None:
 
     manifest = read_manifest(find_bundle(args.bundle), args.expect_sha256)
     states = file_states(manifest)
-    print(as_json(manifest, states) if args.json else as_text(manifest, states, args.parity))
+    if args.json:
+        print(as_json(manifest, states))
+    else:
+        print(cli.printable(as_text(manifest, states, args.parity)))
     bad = [f"{file} {state}" for file, state in states.items() if state != "ok"]
     if bad:
         raise ArtefactError(

@@ -11,7 +11,7 @@ from runtime.errors import UsageError
 LARGEST = 1 << 20  # no side, count or channel of a real model comes near; stops absurd allocations
 Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 # Letters of any script, without control characters.
-Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Size = tuple[int, int]  # height, width
 FAR = 1.25  # times what training saw
 

@@ -5,6 +5,7 @@ states its lifetime, and what one gives is what a later one takes under that nam
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from runtime.bundle.files import atomic_write, open_file, read_bytes, sha256
+from runtime.bundle.files import atomic_write, parsing, read_bytes, sha256
 from runtime.bundle.interface import Count, Interface, Range, ScheduleData, Text
 from runtime.bundle.profiles import Profile
 from runtime.errors import ArtefactError, UsageError
@@ -22,6 +23,7 @@ from runtime.errors import ArtefactError, UsageError
 FORMAT = 3
 FILE_NAME = "manifest.json"
 LARGEST_MANIFEST = 16 << 20  # bytes; a hundred times a real one
+LARGEST_GRAPH = 1 << 33  # bytes of a graph or plan; ONNX itself ends at 2 GiB
 DEFAULT_BUNDLE = Path("build/mnist")
 SHIPPED = Path(__file__).parents[1] / "shipped"  # in a wheel: the bundle that came with it
 REBUILD = "Copy the whole bundle here again, or make it where PyTorch is: python -m export"
@@ -54,6 +56,11 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     def names(self) -> list[str]:
         """The named axes, each once and without its divisor."""
         return [*dict.fromkeys(a.partition("/")[0] for a in self.axes if isinstance(a, str))]
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell reads it, in a command that a user is told to type."""
+    return shlex.quote(str(path))
 
 
 def side_of(axis: str, sizes: Mapping[str, int]) -> int:
@@ -95,6 +102,8 @@ class GraphSpec(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         check_file(self.file)
+        if self.ranges.keys() != (names := {n for own in self.inputs for n in own.names}):
+            raise ValueError(f"{self.file} has ranges of {[*self.ranges]}, axes {sorted(names)}")
 
     def takes(self, name: str) -> bool:
         """Whether an input has this name."""
@@ -168,8 +177,8 @@ class PlanSpec(Struct, frozen=True, forbid_unknown_fields=True):
         """What to do where this plan does not fit: the command that builds it anew."""
         precision = "" if self.precision == "fp32" else f" --precision {self.precision}"
         return (
-            f"Build it anew with: {TO_PLAN} {folder} --target {target}{precision}; "
-            f"or run the graph: --engine {(folder / self.file).with_suffix('.onnx')}"
+            f"Build it anew with: {TO_PLAN} {quoted(folder)} --target {target}{precision}; "
+            f"or run the graph: --engine {quoted((folder / self.file).with_suffix('.onnx'))}"
         )
 
 
@@ -256,7 +265,7 @@ class Manifest(Content, frozen=True):
             made_by = "calibration.half" if precision in ("fp16", "bf16") else "calibration"
             raise UsageError(
                 f"{self.folder}: no graphs in {precision}; found {', '.join(found)}. Make them "
-                f"with: python -m {made_by} {self.folder} --precision {precision}"
+                f"with: python -m {made_by} {quoted(self.folder)} --precision {precision}"
             )
 
     def plan(self, name: str, precision: str = "fp32") -> PlanSpec | None:
@@ -269,7 +278,8 @@ class Manifest(Content, frozen=True):
         """A graph's or plan's file, read once and compared with its hash; raises ArtefactError."""
         path = self.folder / spec.file
         remedy = spec.rebuild(self.folder) if isinstance(spec, PlanSpec) else REBUILD
-        data = read_bytes(path, "a file that the manifest names", remedy)
+        what = "a file that the manifest names"
+        data = read_bytes(path, what, remedy, LARGEST_GRAPH, within=self.folder)
         if sha256(data) != spec.sha256:
             raise ArtefactError(
                 f"{path}: SHA-256 {sha256(data)}; the manifest expects {spec.sha256}. The file "
@@ -324,25 +334,18 @@ def read_manifest(folder: Path, expect_sha256: str | None = None) -> Manifest:
     `expect_sha256` pins the manifest, and through its hashes every file, to a trusted one.
     """
     path = folder / FILE_NAME
-    with open_file(path, "a bundle's manifest", REBUILD) as file:
-        data = file.read(LARGEST_MANIFEST + 1)
-    if len(data) > LARGEST_MANIFEST:
-        raise ArtefactError(
-            f"{path}: is larger than {LARGEST_MANIFEST} bytes; expected a manifest. {REBUILD}"
-        )
+    data = read_bytes(path, "a bundle's manifest", REBUILD, LARGEST_MANIFEST, within=folder)
     found = sha256(data)
     if expect_sha256 is not None and found != expect_sha256.lower():
         raise ArtefactError(f"{path}: SHA-256 {found}; expected {expect_sha256}. Do not use it")
-    try:
+    with parsing(path, "manifest", REBUILD):
         made_for = msgspec.json.decode(data, type=_Head).format
         if made_for != FORMAT:
             raise ArtefactError(
                 f"{path}: format {made_for}; this version reads {FORMAT}. Make the bundle again "
-                f"with: python -m export --checkpoint CHECKPOINT.safetensors --out {folder}"
+                f"with: python -m export --checkpoint CHECKPOINT.safetensors --out {quoted(folder)}"
             )
         content = msgspec.json.decode(data, type=Content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtefactError(f"{path}: not a manifest ({error}). {REBUILD}") from None
     return Manifest(**msgspec.structs.asdict(content), folder=folder, sha256=found)
 
 

@@ -1,25 +1,26 @@
 """What a decode needs of latents, computed once: any size and crop is drawn from it."""
 
 import json
-import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.files import atomic_write, open_file
+from runtime.bundle.arrays import read_arrays, require
+from runtime.bundle.files import atomic_write, parsing
 from runtime.bundle.interface import Size
 from runtime.bundle.manifest import Axis
 from runtime.errors import ArtefactError
 
 OWN_KEYS = ("bundle", "latent", "metadata")
-MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}\.npy")
+WHAT = "decode state"
 MOST_MEMBERS = 64
-LARGEST_STATE = 1 << 32  # bytes of a state's file, unpacked
+LARGEST_STATE = (1 << 32) - 1  # bytes of a state's file
+LARGEST_METADATA = 4 << 20  # bytes of what made the latents, four to a letter
 REMEDY = "Make it again with: python -m runtime.generate --state"
 
 
@@ -57,20 +58,14 @@ class DecodeState:
     @classmethod
     def load(cls, path: Path) -> "DecodeState":
         """Read what `save` wrote; raises ArtefactError. Nothing in the file is run as code."""
-        try:
-            with open_file(path, "a decode state", REMEDY) as file:
-                check_archive(path, zipfile.ZipFile(file))
-                with np.load(file, allow_pickle=False) as found:
-                    arrays = {name: found[name] for name in found.files}
-            bundle, latent, text = (arrays.pop(key) for key in OWN_KEYS)
-            metadata = json.loads(str(text))
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            if isinstance(error, ArtefactError):
-                raise
-            raise ArtefactError(f"{path}: no decode state ({error}). {REMEDY}") from None
+        arrays = read_arrays(path, WHAT, REMEDY, LARGEST_STATE, MOST_MEMBERS)
+        bundle, latent, text = (require(path, arrays, key, REMEDY) for key in OWN_KEYS)
+        with parsing(path, WHAT, REMEDY):
+            if text.nbytes > LARGEST_METADATA:
+                raise ValueError(f"metadata of {text.nbytes} bytes")
+            metadata = msgspec.json.decode(str(text), type=dict[str, Any])
         sized = latent.shape == (2,) and latent.dtype.kind == "i" and latent.min() > 0
-        named = bundle.ndim == 0 and bundle.dtype.kind == "U"
-        whole = isinstance(metadata, dict) and named and sized
+        whole = bundle.ndim == 0 and bundle.dtype.kind == "U" and sized
         counts = {array.shape[:1] for array in arrays.values()}
         if not whole or len(counts) != 1 or any(a.dtype != np.float32 for a in arrays.values()):
             listed = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())
@@ -102,15 +97,3 @@ class DecodeState:
                     f"{source}: {name} is {array.shape}; expected finite numbers [{shown}]. "
                     f"{REMEDY}"
                 )
-
-
-def check_archive(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raise ArtefactError for members other than a state's, or larger than any state."""
-    members = {info.filename: info.file_size for info in archive.infolist()}
-    named = all(map(MEMBER.fullmatch, members)) and len(members) <= MOST_MEMBERS
-    whole = named and {f"{key}.npy" for key in OWN_KEYS} < members.keys()
-    if not whole or sum(members.values()) > LARGEST_STATE:
-        raise ArtefactError(
-            f"{path}: holds {dict([*members.items()][:MOST_MEMBERS])}; expected arrays, "
-            f"{', '.join(OWN_KEYS)} of {LARGEST_STATE} bytes at most. {REMEDY}"
-        )

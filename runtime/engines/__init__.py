@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from runtime.bundle.interface import Range
-from runtime.bundle.manifest import TO_PLAN, Array, Manifest
+from runtime.bundle.manifest import TO_PLAN, Array, Manifest, quoted
 from runtime.errors import ArtefactError, IncompatibleError
 from runtime.providers import check_options, profile_options, span
 from runtime.sampling.loop import StepCallback
@@ -89,7 +89,7 @@ def check_engine_kind(engine: Path) -> None:
         install = " or ".join(flavour.install for flavour in tensorrt.FLAVOURS.values())
         raise IncompatibleError(
             f"{engine}: a TensorRT plan, but TensorRT is not installed here. Install it with: "
-            f"{install}; or use --engine {engine.with_suffix('.onnx')}"
+            f"{install}; or use --engine {quoted(engine.with_suffix('.onnx'))}"
         )
 
 
@@ -108,14 +108,15 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     if options.plans and not options.allow_fallback:
         raise ArtefactError(
             f"{manifest.folder}: has no plan of {graph} in {spec.precision}; found "
-            f"{[*manifest.plans]}. Build it with: {TO_PLAN} {manifest.folder} --graphs {graph}, "
-            "or pass --allow-fallback to run it on ONNX Runtime"
+            f"{[*manifest.plans]}. Build it with: {TO_PLAN} {quoted(manifest.folder)} "
+            f"--graphs {graph}, or pass --allow-fallback to run it on ONNX Runtime"
         )
     if options.provider == "openvino":
         from runtime.engines.openvino import OpenVinoEngine
 
         try:
-            return OpenVinoEngine(spec, manifest.file_bytes(spec), options)
+            usual = manifest.interface.default_latent
+            return OpenVinoEngine(spec, manifest.file_bytes(spec), options, usual)
         except IncompatibleError:
             if not options.allow_fallback:
                 raise

@@ -7,9 +7,9 @@ Buffers, of which only the fields that lead to a tensor are followed.
 Source of the field numbers: onnx.proto of ONNX 1.23.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
-from runtime.bundle.manifest import REBUILD
+from runtime.bundle.manifest import REBUILD, GraphSpec
 from runtime.errors import ArtefactError
 
 # message -> field number -> the message in that field
@@ -25,6 +25,7 @@ FIELDS = {
     "sparse tensor": {1: "tensor", 2: "tensor"},
     "tensor": {},
 }
+Shapes = Mapping[str, Sequence[int | str | None]]  # the axes of tensors by name
 EXTERNAL_DATA, DATA_LOCATION = 13, 14
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
@@ -52,6 +53,32 @@ def check_self_contained(model: bytes, file: str) -> None:
         raise ArtefactError(_no_graph(file, str(error))) from None
     if "graph" not in found:
         raise ArtefactError(_no_graph(file, "it has no graph"))
+
+
+def check_interface(spec: GraphSpec, inputs: Shapes, outputs: Shapes) -> None:
+    """Raise ArtefactError where a graph that a library has opened is not the one that `spec` names.
+
+    Axes are compared where both sides know a number.
+    """
+    for kind, wanted, found in (
+        ("inputs", spec.inputs, inputs),
+        ("outputs", spec.outputs, outputs),
+    ):
+        fits = {tensor.name for tensor in wanted} == found.keys() and all(
+            len(tensor.axes) == len(found[tensor.name])
+            and all(
+                a == b
+                for a, b in zip(tensor.axes, found[tensor.name], strict=True)
+                if isinstance(a, int) and isinstance(b, int)
+            )
+            for tensor in wanted
+        )
+        if not fits:
+            raise ArtefactError(
+                f"{spec.file}: has the {kind} {dict(found)}; the manifest expects "
+                f"{ {tensor.name: tensor.axes for tensor in wanted} }. It is a graph of another "
+                f"model. {REBUILD}"
+            )
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
 from runtime.engines.bound import BoundSession
-from runtime.engines.onnx_file import check_self_contained
+from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
-from runtime.memory import memory_error
+from runtime.memory import is_out_of_memory, memory_error
 from runtime.providers import PROVIDERS, Provider
 
 if TYPE_CHECKING:
     import onnxruntime
-
-OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate", "out of memory")
 
 
 def load_library() -> Any:
@@ -52,6 +50,8 @@ class OnnxRuntimeEngine:
             options = replace(options, provider="cpu", provider_options={})
             self.session = _open(spec, model, options)
         self.provider = options.provider
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        check_interface(spec, *({t.name: t.shape for t in own} for own in (inputs, outputs)))
         self._bound = _bound(self.session, spec, options)
 
     def run(
@@ -67,7 +67,7 @@ class OnnxRuntimeEngine:
                 return self._bound.run(inputs, sizes, names)
             values = self.session.run(names, dict(inputs), options)
         except Exception as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_first_line(error)}") from None
         return dict(zip(names, values, strict=True))
@@ -87,7 +87,7 @@ def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
     try:  # enable_fallback: the library's own way to the CPU, also in the middle of a run
         session = library.InferenceSession(model, settings, providers=chosen, enable_fallback=0)
     except Exception as error:  # the library's exceptions share no public base class
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             raise memory_error(error, f"{spec.file}: ") from None
         if isinstance(error, library.capi.onnxruntime_pybind11_state.NotImplemented):
             raise IncompatibleError(
@@ -162,10 +162,6 @@ def _plugin_devices(library: Any, provider: Provider, option: str) -> list[Any]:
             "cuda or cpu, or --allow-fallback"
         )
     return devices
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(t in str(error).lower() for t in OUT_OF_MEMORY)
 
 
 def _first_line(error: Exception) -> str:

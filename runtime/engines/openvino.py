@@ -5,29 +5,39 @@ the FFNs of the step do in the form for processors.
 """
 
 import functools
+import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from runtime.bundle.interface import Size
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
-from runtime.engines.onnx_file import check_self_contained
+from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
-from runtime.memory import memory_error
+from runtime.memory import is_out_of_memory, memory, memory_error
 from runtime.providers import PROVIDERS
 
 DEVICE = "CPU"
 # The step alone runs in bf16: all others run once per image, position and size, and those that
 # make pixels hold the Fourier features of coordinates, which have no meaning in bf16. The step also
-# runs many times at one size: compiled for that one, OpenVINO joins its passes over tokens. It
-# takes as long as compiling for every size does, and as much memory for each, so only the first few
-# sizes of a process get a form of their own and all others share one.
-OWN_FORMS = 4
+# runs many times at one size. Compiled for that one, OpenVINO joins its passes over tokens, and a
+# step takes 0.6 (of few tokens) to 0.75 of the time, but compiling takes as long as 95 steps of
+# 8x8 latents and 11 of 32x32. Forms differ in their last bits, so the request alone decides: steps
+# of so many tokens, over all images and conditions, and those at the bundle's default size have a
+# form of their own. The latest are kept.
+OWN_TOKENS, OWN_FORMS = 2048, 4
+# What OpenVINO keeps of the sizes that a graph for all of them has met, per graph and in oneDNN:
+# thousands of kernels, if not told otherwise.
+KEPT_KERNELS = {"CPU_RUNTIME_CACHE_CAPACITY": "16"}
+KEPT_PRIMITIVES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+# No run takes so many times what goes in and comes out of it, and so many bytes more.
+SPARE_TIMES, SPARE = 200, 1 << 29
 MARK = 0x7FC0DEAD
 Shape = tuple[int, ...]
-OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate", "out of memory")
 
 
 def load_library() -> Any:
@@ -46,6 +56,8 @@ def load_library() -> Any:
 @functools.cache
 def load_core() -> Any:
     """The process's one device list; raises IncompatibleError where it has no CPU."""
+    for name, value in KEPT_PRIMITIVES.items():  # oneDNN asks the environment alone, and once
+        os.environ.setdefault(name, value)
     library = load_library()
     core = library.Core()
     if DEVICE not in core.available_devices:
@@ -59,16 +71,18 @@ def load_core() -> Any:
 class OpenVinoEngine:
     """One graph compiled by OpenVINO; every thread has an infer request of its own.
 
+    `usual`: the latent size whose steps have a form of their own, however few their tokens are.
     Raises ArtefactError for a graph that is none or reaches outside its file, IncompatibleError
     for a missing library, a refused property, or bf16 on a CPU without it, ResourceError.
     """
 
     provider = "openvino"
 
-    def __init__(self, spec: GraphSpec, model: bytes, options: EngineOptions):
+    def __init__(
+        self, spec: GraphSpec, model: bytes, options: EngineOptions, usual: Size | None = None
+    ):
         check_self_contained(model, spec.file)
-        self.spec = spec
-        self.per_size = spec.lifetime == "step"
+        self.spec, self.usual = spec, usual
         self.properties = properties(spec, options)
         try:
             self.graph = load_core().read_model(model)
@@ -76,10 +90,12 @@ class OpenVinoEngine:
             reduce_tokens(self.graph)
         except Exception as error:  # RuntimeError for everything, from a C++ library
             raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
-        self.compiled: dict[tuple[Shape, ...], Any] = {}
+        check_interface(spec, shapes_of(self.graph.inputs), shapes_of(self.graph.outputs))
+        self.compiled: dict[tuple[Shape, ...], Any] = {}  # the one used last at the end
+        self.broken: str | None = None  # why the graph is not run again
         self._compiling = threading.Lock()
         self._threads = threading.local()
-        if self.per_size:
+        if spec.lifetime == "step":
             self._compile(_nothing(), ())  # shows a property that is refused
         else:
             self._native(())
@@ -89,7 +105,10 @@ class OpenVinoEngine:
     ) -> dict[str, Array]:
         """Run the graph on inputs that fit its spec; see `Engine.run`."""
         sizes = self.spec.check_inputs(inputs)
-        shapes = tuple(inputs[t.name].shape for t in self.spec.inputs) if self.per_size else ()
+        if self.broken is not None:
+            raise ArtefactError(self.broken)
+        own = self.spec.lifetime == "step" and self._has_own_form(sizes)
+        shapes = tuple(inputs[t.name].shape for t in self.spec.inputs) if own else ()
         native = self._native(shapes)
         try:
             request = self._request(native)
@@ -104,20 +123,44 @@ class OpenVinoEngine:
             # What ran out of memory stays as it was then, for every later request of any size.
             with self._compiling:
                 self.compiled.clear()
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
+                self._check_spare(sizes, error)
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
         names = outputs or [tensor.name for tensor in self.spec.outputs]
         return {name: found[name] for name in names}
 
+    def _check_spare(self, sizes: Mapping[str, int], error: Exception) -> None:
+        """Raise ArtefactError, now and ever after, where memory cannot have run out at `sizes`.
+
+        A graph that is damaged behind the right hash shows like this, and its next run might end
+        the process.
+        """
+        tensors = (*self.spec.inputs, *self.spec.outputs)
+        numbers = sum(math.prod(tensor.shape(sizes)) for tensor in tensors)
+        left = memory()["available"]
+        if left is not None and left > SPARE + 4 * numbers * SPARE_TIMES:
+            self.broken = (
+                f"{self.spec.file}: openvino fails on it ({_reason(error)}) with {left >> 20} MiB "
+                f"to spare, as on a damaged graph. {REBUILD}"
+            )
+            raise ArtefactError(self.broken) from None
+
+    def _has_own_form(self, sizes: Mapping[str, int]) -> bool:
+        """Whether steps at `sizes` of the named axes are compiled for these alone."""
+        at_usual = (sizes.get("height"), sizes.get("width")) == self.usual
+        return at_usual or math.prod(sizes.values()) >= OWN_TOKENS
+
     def _native(self, shapes: tuple[Shape, ...]) -> Any:
         """The graph compiled for inputs of these shapes, or for all."""
         with self._compiling:
-            if shapes not in self.compiled and len(self.compiled) >= OWN_FORMS:
-                shapes = ()
-            if shapes not in self.compiled:
-                self.compiled[shapes] = self._compile(self.graph, shapes)
-            return self.compiled[shapes]
+            native = self.compiled.pop(shapes, None)
+            if native is None:
+                while len(self.compiled) >= OWN_FORMS:
+                    del self.compiled[next(iter(self.compiled))]
+                native = self._compile(self.graph, shapes)
+            self.compiled[shapes] = native
+            return native
 
     def _request(self, native: Any) -> Any:
         """This thread's request of a compiled graph."""
@@ -135,12 +178,22 @@ class OpenVinoEngine:
                 graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
             return load_core().compile_model(graph, DEVICE, self.properties)
         except Exception as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise IncompatibleError(
                 f"--provider openvino: {self.spec.file}: {_refusal(error)}. Check each "
                 "--provider-option, or choose --provider cpu or --allow-fallback"
             ) from None
+
+
+def shapes_of(ports: Any) -> dict[str, list[int | None]]:
+    """The axes of a graph's inputs or outputs by name, None where they are dynamic."""
+    return {
+        port.any_name: [
+            None if axis.is_dynamic else axis.get_length() for axis in port.partial_shape
+        ]
+        for port in ports
+    }
 
 
 def _nothing() -> Any:
@@ -180,6 +233,7 @@ def properties(spec: GraphSpec, options: EngineOptions) -> dict[str, Any]:
     chosen = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+        **KEPT_KERNELS,
     }
     if options.threads:
         chosen["INFERENCE_NUM_THREADS"] = str(options.threads)
@@ -259,7 +313,3 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith("Exception from")]
     return said[-1] if said else type(error).__name__
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(t in str(error).lower() for t in OUT_OF_MEMORY)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec
+from runtime.bundle.manifest import Array, GraphSpec, PlanSpec, TensorSpec, quoted
 from runtime.bundle.profiles import choose
 from runtime.engines import HISTORY, kernels
 from runtime.engines.cuda import Buffer, Device, device_target, load_cuda
@@ -151,7 +151,7 @@ def check_plan(plan: PlanSpec, graph: GraphSpec, folder: Path) -> None:
     except IncompatibleError as error:
         raise IncompatibleError(
             f"{path}: built for {', '.join(plan.targets)}; {error}. Or run the graph: "
-            f"--engine {folder / graph.file}"
+            f"--engine {quoted(folder / graph.file)}"
         ) from None
     if target not in plan.targets:
         raise IncompatibleError(

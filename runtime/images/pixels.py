@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -86,8 +87,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     with open_file(path, "an image", "Give the path of an image file") as file:
         text = read_text(path, file, METADATA_KEY)
     try:
-        metadata = json.loads(text) if text is not None else None
-    except ValueError:
+        metadata = msgspec.json.decode(text) if text is not None else None
+    except (msgspec.DecodeError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise ArtefactError(

@@ -15,7 +15,6 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.interface import LARGEST
 from runtime.errors import ArtefactError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -24,7 +23,9 @@ HEADER = struct.Struct(">IIBBBBB")  # width, height, bits, colour type, compress
 IDAT_BYTES = 1 << 16
 BANDS_AHEAD = 2  # that may wait to be written while the next is made
 OTHERS = (b"tRNS", b"acTL", b"eXIf")  # chunks of what takes more than rows to read
-LARGEST_TEXT = 1 << 26  # no request of ours comes near; stops absurd allocations
+# No picture of ours comes near these, which stop absurd allocations: bytes of a chunk of pixels,
+# bytes and chunks of what comes before them, pixels along a side.
+LARGEST_CHUNK, LARGEST_START, MOST_CHUNKS, LONGEST_SIDE = 1 << 26, 1 << 24, 1000, 1 << 20
 
 Rows = NDArray[np.uint8]
 
@@ -139,9 +140,17 @@ def _chunks(path: Path, file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
     """The chunks of a PNG one by one, none for a file of another kind."""
     if file.read(len(SIGNATURE)) != SIGNATURE:
         return
+    before, count = 0, 0  # bytes and chunks so far, but for pixels
     while head := file.read(8):
         length, kind = struct.unpack(">I4s", head.ljust(8, b"\0"))
-        data = file.read(min(length, LARGEST_TEXT))
+        if kind != b"IDAT":
+            before, count = before + length, count + 1
+            if before > LARGEST_START or count > MOST_CHUNKS:
+                raise ArtefactError(
+                    f"{path}: holds {count} chunks of {before} bytes besides its pixels; expected "
+                    f"at most {MOST_CHUNKS} of {LARGEST_START}. Make or fetch the file again"
+                )
+        data = file.read(min(length, LARGEST_CHUNK))
         check = file.read(4)
         if check != struct.pack(">I", zlib.crc32(kind + data)):
             raise ArtefactError(
@@ -203,7 +212,12 @@ def open_rows(path: Path, file: IO[bytes]) -> PngRows | None:
         if kind == b"IHDR" and len(data) == HEADER.size:
             width, height, bits, colour, _, _, lacing = HEADER.unpack(data)
             channels = {number: count for count, number in COLOUR_TYPES.items()}.get(colour)
-            plain = bits == 8 and not lacing and 0 < width <= LARGEST and 0 < height <= LARGEST
+            if max(width, height) > LONGEST_SIDE:
+                raise ArtefactError(
+                    f"{path}: {height}x{width} pixels; expected sides of at most {LONGEST_SIDE}. "
+                    "Give a smaller picture"
+                )
+            plain = bits == 8 and not lacing and width > 0 and height > 0
             rows = (height, width, channels) if plain and channels is not None else None
         if kind in OTHERS:
             rows = None

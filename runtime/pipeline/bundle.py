@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle.interface import Interface, Size, check_size
-from runtime.bundle.manifest import FILE_NAME, TO_PLAN, Array, Manifest, find_bundle, read_manifest
+from runtime.bundle.manifest import (
+    FILE_NAME,
+    TO_PLAN,
+    Array,
+    Manifest,
+    find_bundle,
+    quoted,
+    read_manifest,
+)
 from runtime.bundle.state import DecodeState
 from runtime.engines import EngineOptions, check_engine_kind
 from runtime.errors import ArtefactError, UsageError
@@ -62,7 +70,7 @@ def open_bundle(
         if path.name not in manifest.plans:
             raise ArtefactError(
                 f"{path}: no plan that {manifest.folder / FILE_NAME} names; found "
-                f"{[*manifest.plans]}. Build plans with: {TO_PLAN} {manifest.folder}"
+                f"{[*manifest.plans]}. Build plans with: {TO_PLAN} {quoted(manifest.folder)}"
             )
         precision = manifest.plans[path.name].precision
         options = replace(options, plans=True, precision=precision)

@@ -24,7 +24,7 @@ from runtime.pipeline.uncoded import Uncoded
 from runtime.pipeline.wiring import EPS, KEPT, LATENT, wires
 from runtime.sampling import schedule, solvers
 from runtime.sampling.guidance import Guidance, guide
-from runtime.sampling.loop import Predictor, StepCallback, sample
+from runtime.sampling.loop import Predictor, StepCallback, require_finite, sample
 from runtime.sampling.noise import NoiseStreams, refine
 from runtime.sampling.request import Request
 from runtime.sampling.solvers import Table
@@ -244,7 +244,9 @@ class Diffuser:
         """
         size = (latent.shape[2], latent.shape[3])
         inputs = self.inputs(conditions, size, np.array([alpha_bar]))
-        return self.engines.open(self.step_graph).run({LATENT: latent, **inputs.at(0)})[EPS]
+        eps = self.engines.open(self.step_graph).run({LATENT: latent, **inputs.at(0)})[EPS]
+        require_finite(eps, f"alpha_bar {alpha_bar:g}", EPS)
+        return eps
 
     def enlarge(self, x: Array, eps: Array, alpha_bar: float, noise: Array) -> Array:
         """x at the larger size of `noise` `[B, C, H, W]`, from x and its eps where both are small.

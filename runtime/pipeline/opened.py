@@ -9,13 +9,17 @@ from dataclasses import replace
 from runtime.bundle.manifest import Manifest
 from runtime.bundle.profiles import choose
 from runtime.engines import Engine, EngineOptions, open_engine
+from runtime.engines.finite import FiniteEngine
 from runtime.providers import PROVIDERS
 
 log = logging.getLogger("runtime")
 
 
 class Engines:
-    """Engines by graph and precision, shared by every thread and request of a bundle."""
+    """Engines by graph and precision, shared by every thread and request of a bundle.
+
+    What they give is checked to be finite; the sampler checks that of the step, which it can name.
+    """
 
     def __init__(self, manifest: Manifest, options: EngineOptions | None = None):
         self.manifest = manifest
@@ -32,6 +36,9 @@ class Engines:
         with self._opening.setdefault(key, threading.Lock()):
             if key not in self.opened:
                 self.opened[key] = open_engine(self.manifest, graph, options)
+                spec = self.manifest.graph(graph, options.form)
+                if spec.lifetime != "step":
+                    self.opened[key] = FiniteEngine(self.opened[key], spec.file)
                 self._say_fallback(graph, options)
             return self.opened[key]
 

@@ -53,10 +53,10 @@ def _estimate(x: Any, eps: Any, p: float, q: float) -> Any:
     return x * p + eps * q
 
 
-def require_finite(x: Any, where: str) -> None:
-    """Raise NumericalError where `x` holds a NaN or an infinity (max carries both on)."""
+def require_finite(x: Any, where: str, what: str = "the latent") -> None:
+    """Raise NumericalError where `x`, which is `what`, has NaN or infinity; max carries both."""
     if not math.isfinite(float(abs(x).max())):
         raise NumericalError(
-            f"found NaN or infinity in the latent at {where}; expected finite numbers. "
+            f"found NaN or infinity in {what} at {where}; expected finite numbers. "
             "Try a lower guidance_scale or a precision of fp32, and report the command if it stays"
         )

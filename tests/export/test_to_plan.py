@@ -17,7 +17,8 @@ from onnx import TensorProto, helper
 
 from export import plans, to_plan
 from export.profiles import SizeRange
-from runtime.bundle.files import exclusive, sha256
+from runtime.bundle.files import sha256
+from runtime.bundle.folders import exclusive
 from runtime.bundle.manifest import GraphSpec, TensorSpec, read_manifest
 from runtime.engines import HISTORY
 from runtime.engines.tensorrt import plan_interface

@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from reference import checkpoint, published
@@ -15,7 +17,9 @@ from reference.families.parts.published import Published, Shapes
 from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
 from runtime.errors import ArtefactError
+from runtime.memory import peak_resident
 from tests.conftest import Command
+from tests.runtime.test_reading import damaged
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def damage(path: Path, kind: str) -> str:
     length = int.from_bytes(data[:8], "little")
     if kind == "truncated":
         path.write_bytes(data[:-1])
-        return "not a whole safetensors file"
+        return "no whole safetensors file"
     if kind == "header":
         path.write_bytes((1 << 40).to_bytes(8, "little") + data[8:])
         return "header of 1099511627776 bytes"
@@ -62,14 +66,14 @@ def damage(path: Path, kind: str) -> str:
         return "header"
     if kind == "json":
         path.write_bytes(data[:8] + b"\xff" * length + data[8 + length :])
-        return "not JSON"
+        return "no JSON in its metadata"
     if kind == "overlap":
         header = json.loads(data[8 : 8 + length])
         names = [name for name in header if name != "__metadata__"]
         header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
         text = json.dumps(header).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        return "not a whole safetensors file"
+        return "no whole safetensors file"
     if kind == "metadata":
         save_file(load_file(path), path)
         return "metadata without"
@@ -155,3 +159,84 @@ def test_the_split_of_frequencies_is_read_off_the_stored_ones(tmp_path: Path) ->
     for high, low in ((10, 6), (9, 7), (3, 0), (0, 2)):
         shapes = Shapes(Published(tmp_path / "r2ir.pt", {"f": frequencies(high, low)}))
         assert shapes.split("f") == (high, low)
+
+
+def edited(path: Path, **metadata: object) -> None:
+    """The checkpoint with other metadata: `config` is merged into its own."""
+    with safe_open(path, "pt") as file:
+        own = dict(file.metadata())
+    config = json.loads(own["config"])
+    for section, values in metadata.pop("config", {}).items():  # type: ignore[attr-defined]
+        config[section] |= values
+    own |= {"config": json.dumps(config)} | {k: json.dumps(v) for k, v in metadata.items()}
+    save_file(load_file(path), path, own)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"config": {"r2id": {"width": 32768}}},
+        {"config": {"r2id": {"encoder_blocks": 65536}}},
+        {"config": {"r2ir": {"high_frequencies": 65536}}},
+        {"config": {"r2id": {"heads": 7}}},
+        {"config": {"condition": {"labels": 65536}}},
+        {"provenance": []},
+        {"provenance": {"labels": [1]}},
+        {"provenance": {"labels": "abc"}},
+    ],
+)
+def test_a_configuration_is_compared_before_it_is_built(
+    metadata: dict[str, object], saved: Path
+) -> None:
+    edited(saved, **metadata)
+    before, began = peak_resident(), time.monotonic()
+    with pytest.raises(ArtefactError, match=r"tiny\.safetensors: "):
+        checkpoint.load(saved)
+    assert peak_resident() - before < 256 << 20 and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
+def test_tensors_of_other_types_are_named(dtype: torch.dtype, saved: Path) -> None:
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(saved)
+    name = "r2id.encoder.0.ffn.up.weight"
+    save_file(tensors | {name: tensors[name].to(dtype)}, saved, metadata)
+    with pytest.raises(ArtefactError, match=rf"{name} is torch\.\w+; expected a floating"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.eye(3).to_sparse(),
+        torch.empty(3, 3, device="meta"),
+        torch.zeros(1).expand(1 << 20, 1 << 20),
+    ],
+)
+def test_tensors_that_are_not_plain_are_refused(value: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"a": value}, tmp_path / "a.pt")
+    with pytest.raises(ArtefactError, match=r"a\.pt: 'a' is no plain tensor"):
+        published.read_file(tmp_path / "a.pt")
+    torch.save({("a", 1): torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(ArtefactError, match="is no plain tensor"):
+        published.read_file(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "state dict"])
+def test_random_damage_ends_in_an_error_of_ours_or_none(
+    kind: str, saved: Path, tmp_path: Path
+) -> None:
+    path, read = saved, checkpoint.load
+    if kind == "state dict":
+        path, read = tmp_path / "a.pt", published.read_file  # type: ignore[assignment]
+        torch.save({"a": torch.ones(3), "b": torch.ones(2, 2)}, path)
+    whole, refused = path.read_bytes(), 0
+    for turn in range(60):
+        path.write_bytes(damaged(whole[:9000], turn) + whole[9000:])
+        try:
+            read(path)
+        except ArtefactError as error:
+            refused += 1
+            assert str(error).startswith(str(path))
+    assert refused > 20

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reference.data import fit, load_folder, load_mnist, read_idx
+from reference.data import fit, load_folder, load_mnist
 from runtime.errors import ArtefactError
 from tests.conftest import ROOT
 
@@ -39,29 +39,6 @@ def test_other_files_than_the_standard_ones_are_refused(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     with pytest.raises(ArtefactError, match="of the standard file"):
         load_mnist(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "begins with"),
-        (b"\x00\x00\x0d\x01" + bytes(8), "begins with 00000d01"),
-        (idx(np.zeros((4, 4), np.uint8))[:-1], "its header promises 28"),
-        (b"\x00\x00\x08\x03" + b"\xff" * 12, "its header promises"),
-    ],
-)
-def test_damaged_idx_files_are_refused(tmp_path: Path, data: bytes, words: str) -> None:
-    (tmp_path / "file").write_bytes(data)
-    with pytest.raises(ArtefactError, match=words):
-        read_idx(tmp_path / "file")
-
-
-def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"neither it nor file\.gz is there"):
-        read_idx(tmp_path / "file")
-    (tmp_path / "file.gz").write_bytes(gzip.compress(idx(np.zeros(9, np.uint8)))[:-4])
-    with pytest.raises(ArtefactError, match="not a whole gzip file"):
-        read_idx(tmp_path / "file")
 
 
 def test_folders_are_labels(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from reference.families.r2.initialisation import cell_centres, initialise_r2ir
 from reference.families.r2.r2ir import R2IR, grid_tokens
 from reference.families.r2.training import canvas, draw_size, jittered
 from reference.train import CONFIGS, build_models, family_in, read_config
+from runtime.bundle.folders import owning
 from runtime.errors import UsageError
 from tests.conftest import ROOT, Command
 
@@ -228,3 +229,26 @@ def test_the_configuration_for_folders_starts_from_the_shipped_weights() -> None
     fresh = FAMILIES[R2].training.start_from(models, shipped)
     assert not fresh
     assert models.config.r2ir.color_channels == 3
+
+
+def test_a_device_or_folder_that_cannot_be_used_is_told_first(
+    colour_training: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--config", colour_training / "colour.toml", "--data", colour_training / "data")
+    for device in ("cuda:77", "abacus"):
+        done = command("reference.train", *args, "--out", tmp_path / "a", "--device", device)
+        assert done.returncode == 2 and f"--device {device}" in done.stderr
+        assert done.stderr.count("\n") == 1 and not (tmp_path / "a").exists()
+    (tmp_path / "file").write_bytes(b"")
+    for out in ("file", "file/a", "a" * 300):
+        done = command("reference.train", *args, "--out", tmp_path / out)
+        assert done.returncode == 5 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_two_trainings_do_not_share_a_folder(
+    colour_training: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--config", colour_training / "colour.toml", "--data", colour_training / "data")
+    with owning(tmp_path / "a"):
+        done = command("reference.train", *args, "--out", tmp_path / "a")
+    assert done.returncode == 5 and "in use by process" in done.stderr

@@ -9,6 +9,8 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +304,20 @@ def test_memory_is_flat_over_mixed_sizes_and_a_leak_would_show(tiny_bundle: Path
     allowed, rounds = 2 << 20, 60
     assert growth(draw, rounds) < allowed
     assert growth(lambda number: kept.append(draw(number)), rounds) > allowed
+
+
+@LINUX
+@pytest.mark.parametrize("provider", ["cpu", "openvino"])
+def test_memory_is_flat_over_two_hundred_new_sizes(provider: str, tiny_bundle: Path) -> None:
+    """Sizes that the process has never drawn, after two hundred others of the same kind."""
+    if provider == "openvino" and not find_spec("openvino"):
+        pytest.skip("no openvino: python -m pip install '.[openvino]'")
+    pipeline = open_bundle(tiny_bundle, EngineOptions(provider, threads=1))
+    sizes = np.random.default_rng(0).permutation([*product(range(1, 21), repeat=2)])
+    turns = iter(sizes.tolist())
+
+    def draw(number: int) -> object:
+        height, width = next(turns)
+        return pipeline.generate([1], latent=(height, width), steps=2, seed=number)
+
+    assert growth(draw, rounds=200) < 16 << 20

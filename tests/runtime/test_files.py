@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.bundle.files import Measures, atomic_write, check_writable, remove_stale
+from runtime.bundle.files import TEMPORARY_PREFIX, Measures, atomic_write, check_writable
+from runtime.bundle.folders import make_folder, owning, remove_stale
+from runtime.bundle.locks import lock
 from runtime.errors import ResourceError
 from tests.conftest import Command
 
@@ -108,3 +110,67 @@ def test_killed_measures_go_on_where_they_were(tmp_path: Path) -> None:
     assert Measures(path, {"bundle": "2"}).take("errors", "a", lambda: 4) == 4
     path.write_text("[")
     assert Measures(path, given).take("errors", "a", lambda: 5) == 5
+
+
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="modes and locks as on POSIX")
+
+
+@POSIX
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "file").chmod(0o600)
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+@POSIX
+def test_what_killed_writers_left_beside_an_output_goes(tmp_path: Path) -> None:
+    dead, alive, young = (tmp_path / f"{TEMPORARY_PREFIX}{name}" for name in "abc")
+    for path in (dead, alive, young):
+        path.write_bytes(b"half")
+    for path in (dead, alive):
+        os.utime(path, (0, 0))
+    with alive.open("rb+") as held:
+        assert lock(held.fileno())
+        with atomic_write(tmp_path / "file") as file:
+            file.write(b"new")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", alive.name, young.name}
+
+
+@POSIX
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "target")
+    with pytest.raises(ResourceError, match=r"\.lock: is a symbolic link"), owning(tmp_path):
+        pass
+    assert (tmp_path / "target").read_bytes() == b"kept"
+
+
+@POSIX
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    with owning(tmp_path):
+        (tmp_path / f"{TEMPORARY_PREFIX}own").write_bytes(b"half")
+        with pytest.raises(ResourceError, match=r"in use by process \d+"), owning(tmp_path):
+            pass
+        assert (tmp_path / f"{TEMPORARY_PREFIX}own").exists()
+
+
+@POSIX
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(name: str, tmp_path: Path) -> None:
+    for check in (check_writable, make_folder):
+        with pytest.raises(ResourceError) as caught:
+            check(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+@POSIX
+@pytest.mark.parametrize("out", ["a" * 300 + ".png", "file/a.png", "none/a.png"])
+def test_commands_refuse_outputs_before_any_work(
+    out: str, tiny_bundle: Path, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "a.npz").write_bytes(b"")
+    done = command("runtime.generate", "--engine", tiny_bundle, "--steps", 1, "--out", out)
+    assert done.returncode == 5 and done.stderr.count("\n") == 1, done.stderr

@@ -17,7 +17,7 @@ from runtime import open_bundle
 from runtime.bundle.files import sha256
 from runtime.bundle.manifest import Array, Manifest, TensorSpec, read_manifest, relative_error
 from runtime.engines import EngineOptions, open_engine
-from runtime.engines.openvino import OWN_FORMS, OpenVinoEngine, load_core
+from runtime.engines.openvino import OWN_FORMS, OWN_TOKENS, OpenVinoEngine, load_core
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.images.pixels import read_metadata
 from runtime.pipeline.bundle import Bundle
@@ -103,7 +103,7 @@ def test_only_the_step_runs_in_bf16_and_needs_no_graph_of_its_own(manifest: Mani
     assert "bf16" not in manifest.variants
     half = Bundle(manifest, options(precision="bf16"))
     for graph in manifest.graphs:
-        engine = half.engines.open(graph)
+        engine = open_engine(manifest, graph, options(precision="bf16"))
         assert isinstance(engine, OpenVinoEngine)
         wanted = "bf16" if graph == "r2id" else "f32"
         assert engine.properties["INFERENCE_PRECISION_HINT"] == wanted, graph
@@ -155,15 +155,40 @@ def test_provider_options_are_openvino_s_properties(manifest: Manifest) -> None:
 
 
 @NEEDED
-def test_the_first_sizes_of_the_step_have_forms_of_their_own(manifest: Manifest) -> None:
+def test_a_request_gives_its_bytes_whatever_was_drawn_before(tiny_bundle: Path) -> None:
+    """Small and large ones, at the default size and at others, by one thread and by eight."""
+    sizes = [(8, 8), (3, 5), (32, 33), (9, 2), (40, 30), (5, 3)]
+
+    def draw(pipeline: Bundle, turn: int) -> bytes:
+        size = sizes[turn % len(sizes)]
+        return pipeline.generate([1], latent=size, steps=2, seed=turn).images.tobytes()
+
+    fresh = [draw(open_bundle(tiny_bundle, options()), turn) for turn in range(len(sizes))]
+    for order in (range(len(sizes)), reversed(range(len(sizes)))):
+        pipeline = open_bundle(tiny_bundle, options())
+        with ThreadPoolExecutor(8) as pool:
+            turns = [*order] * 3
+            found = [*pool.map(draw, [pipeline] * len(turns), turns)]
+        assert found == [fresh[turn] for turn in turns]
+
+
+@NEEDED
+def test_large_steps_and_the_default_size_have_forms_of_their_own(tiny_bundle: Path) -> None:
+    manifest = read_manifest(tiny_bundle)
     engine, other = (open_engine(manifest, "r2id", o) for o in (options(), EngineOptions()))
     assert isinstance(engine, OpenVinoEngine)
-    for width in (*range(1, OWN_FORMS + 3), 1):
+    least = OWN_TOKENS // 6 // 5  # of 3 conditions, 2 images and 5 rows
+    widths = [1, least, least + 1, least + 2, 7]
+    for width in (*widths, *range(least + 3, least + 3 + OWN_FORMS)):
         feed = inputs(manifest, "r2id", SIZES[1] | {"width": width})
         assert relative_error(engine.run(feed)["eps"], other.run(feed)["eps"]) < 1e-4
-    shapes = [*engine.compiled]
-    assert len(shapes) == OWN_FORMS + 1 and shapes[-1] == ()
-    assert [own[0][3] for own in shapes[:-1]] == [*range(1, OWN_FORMS + 1)]
+        if width == 7:
+            own = [shapes[0][3] for shapes in engine.compiled if shapes]
+            assert own == [least + 1, least + 2] and () in engine.compiled
+    assert len(engine.compiled) == OWN_FORMS  # the latest
+    height, width = manifest.interface.default_latent
+    engine.run(inputs(manifest, "r2id", SIZES[0] | {"height": height, "width": width}))
+    assert [*engine.compiled][-1][0] == (1, 4, height, width)
 
 
 @NEEDED
@@ -201,6 +226,23 @@ def test_a_run_that_fails_says_why_and_the_next_one_works() -> None:
         engine.run({"x": np.ones(5, np.float32)})
     engine.spec = spec_of(data)
     np.testing.assert_array_equal(engine.run(good)["y"], np.arange(1, 5, dtype=np.float32))
+
+
+@NEEDED
+def test_a_graph_that_fails_with_memory_to_spare_is_not_run_again(manifest: Manifest) -> None:
+    """One whose output OpenVINO leaves unwritten, as it does of some that are damaged."""
+    engine = open_engine(manifest, "r2id_position", options())
+    assert isinstance(engine, OpenVinoEngine)
+    feed = inputs(manifest, "r2id_position", SIZES[1])
+    whole, spec = engine.run(feed)["position"], engine.spec
+    engine.spec = replace(spec, outputs=(replace(spec.outputs[0], axes=("height", 1, 16)),))
+    with pytest.raises(ArtefactError, match=r"position.onnx: openvino fails .* to spare"):
+        engine.run(feed)
+    engine.spec = spec
+    with pytest.raises(ArtefactError, match=r"position.onnx: openvino fails .* to spare"):
+        engine.run(feed)
+    again = open_engine(manifest, "r2id_position", options())
+    np.testing.assert_array_equal(again.run(feed)["position"], whole)
 
 
 OUT_OF_MEMORY = """

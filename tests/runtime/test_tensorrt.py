@@ -15,7 +15,8 @@ import pytest
 from msgspec.structs import replace
 
 from runtime import open_bundle
-from runtime.bundle.files import exclusive, sha256
+from runtime.bundle.files import sha256
+from runtime.bundle.folders import exclusive
 from runtime.bundle.manifest import Manifest, PlanSpec, read_manifest, relative_error
 from runtime.engines import HISTORY, EngineOptions, SamplingEngine, cuda, kernels, tensorrt
 from runtime.errors import (

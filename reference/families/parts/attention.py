@@ -17,6 +17,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"heads = {heads} do not divide width = {width}")
         self.heads = heads
         self.dropout = dropout  # of the attention weights
         self.query = nn.Linear(width, width)

@@ -56,6 +56,8 @@ class LinearAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"heads = {heads} do not divide width = {width}")
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
