@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle.files import atomic_write
-from runtime.bundle.folders import exclusive, sha256
+from runtime.bundle.files import atomic_write, sha256
+from runtime.bundle.folders import exclusive
 
 
 def folder() -> Path:
