@@ -32,7 +32,7 @@ from runtime.pipeline.tiler import Roles
 from runtime.sampling import solvers
 from runtime.sampling.guidance import Label
 from runtime.sampling.request import Request
-from runtime.sampling.schedule import log_snr
+from runtime.sampling.schedule import log_snr, read
 
 PICTURES = 3
 DRAWING_STEPS = 20
@@ -148,7 +148,8 @@ class Samples:
         one_hot = np.zeros((conditions, batch, labels), np.float32)
         for branch in range(1, conditions):  # branch 0 is the null condition
             one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
-        table = solvers.table("ddim", self.bundle.diffuser.schedule, TRAJECTORY_STEPS)
+        schedule = read(self.bundle.manifest.schedule, size)
+        table = solvers.table("ddim", schedule, TRAJECTORY_STEPS)
         alpha_bars = table.alpha_bar
         step = number % len(alpha_bars)
         noise = np.random.default_rng(number).standard_normal(latent.shape)
@@ -259,10 +260,10 @@ def trajectory(
     turn: int,
 ) -> Iterator[Sample]:
     """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
-    steps, graph, schedule = settings.steps, bundle.diffuser.step_graph, bundle.diffuser.schedule
+    steps, graph, data = settings.steps, bundle.diffuser.step_graph, bundle.manifest.schedule
     request = Request(labels, size, None, steps, scale, seed=settings.seed, solver="ddim")
-    alpha_bars = request.table(schedule).alpha_bar
-    times = schedule.time(log_snr(alpha_bars))
+    alpha_bars = request.table(data).alpha_bar
+    times = request.schedule(data).time(log_snr(alpha_bars))
     found: list[Sample] = []
 
     def keep(progress: Progress) -> None:
