@@ -19,7 +19,7 @@ def make_graph(
     source: GraphSource, folder: Path, interface: Interface
 ) -> tuple[GraphSpec, GraphSpec | None]:
     """A graph's spec and that of its form for ONNX Runtime on a CPU, if it has one."""
-    model = onnx_from_source(source)
+    model = onnx_from_source(source, sides_of(source, interface))
     spec = write_graph(source, model, folder / f"{source.name}.onnx", interface)
     chunked = chunk_ffn(model)
     if chunked is None:

@@ -13,16 +13,14 @@ import torch
 from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 
-from export.families.r2.parts import (
-    Attention,
-    CrossAttention,
+from export.families.parts.layers import (
     Projection,
     ScaledFFN,
     SplitInput,
-    response_of,
     token_mean,
     tokens_of,
 )
+from export.families.r2.parts import Attention, CrossAttention, response_of
 from reference.families.parts.layers import AdaLN
 from reference.families.r2.r2id import DecoderBlock, EncoderBlock
 from reference.families.r2.r2ir import Block
