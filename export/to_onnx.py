@@ -5,6 +5,7 @@ import inspect
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class GraphSource:
     """A graph before its export: a module and what goes in and comes out by name and axes.
 
     `positive` names inputs that are at least 1 wherever the runtime gives them, as sums of
-    positive features are. `floats_per_pixel` as in `GraphSpec`.
+    positive features are, `bounded` those within ±1. `floats_per_pixel` as in `GraphSpec`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class GraphSource:
     outputs: tuple[TensorSpec, ...]
     positive: frozenset[str] = frozenset()
     floats_per_pixel: int = 0
+    bounded: frozenset[str] = frozenset({"pixels"})
 
     @property
     def axes(self) -> list[str]:
@@ -61,7 +63,7 @@ class GraphSource:
         values = torch.randn(shape, generator=generator)
         if spec.name in self.positive:
             return values.abs() + 1
-        return values.tanh() if spec.name == "pixels" else values
+        return values.tanh() if spec.name in self.bounded else values
 
 
 def graph_source(
@@ -70,13 +72,15 @@ def graph_source(
     module: nn.Module,
     inputs: dict[str, tuple[Axis, ...]],
     outputs: dict[str, tuple[Axis, ...]],
+    bounded: Iterable[str] = (),
 ) -> GraphSource:
-    """A graph whose tensors are float32, each with its axes."""
+    """A graph whose tensors are float32, each with its axes; `bounded` as in `GraphSource`."""
     taken, given = (
         tuple(TensorSpec(key, "float32", axes) for key, axes in side.items())
         for side in (inputs, outputs)
     )
-    return GraphSource(name, lifetime, module.eval(), taken, given)
+    within = frozenset(bounded)
+    return GraphSource(name, lifetime, module.eval(), taken, given, bounded=within)
 
 
 def onnx_from_source(source: GraphSource, sides: Range = ANY) -> onnx.ModelProto:

@@ -7,11 +7,13 @@ from torch import Tensor
 from export.families.hdit import bundle as hdit
 from export.families.r2 import bundle as r2
 from export.families.s2id import bundle as s2id
+from export.families.sid2 import bundle as sid2
 from export.families.siid import bundle as siid
 from export.to_onnx import GraphSource
 from reference.families.hdit.model import HDiTModels
 from reference.families.r2.model import R2Models
 from reference.families.s2id.model import S2IDModels
+from reference.families.sid2.model import SiD2Models
 from reference.families.siid.model import SIIDModels
 from runtime.bundle.interface import Interface, ScheduleData
 
@@ -41,6 +43,7 @@ FAMILIES: dict[type, Family] = {
     SIIDModels: siid,
     S2IDModels: s2id,
     HDiTModels: hdit,
+    SiD2Models: sid2,
 }
 
 

@@ -61,5 +61,6 @@ def sources(models: HDiTModels) -> list[GraphSource]:
             graphs.Denoise(model),
             {"latent": latent, "scalings": (3,), "film": (*own, film.width), **rotations},
             {"eps": ("conditions" if classes else 1, *latent)},
+            bounded=rotations,
         ),
     ]

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from export.families.hdit.attention import Tiling, attend, neighbourhood, tiling, windows
+from export.families.parts.rotary import grid_angles
 from reference.families.hdit.config import HDiTConfig, Level
-from reference.families.hdit.layers import EPSILON, AdaRMSNorm, FeedForward, Layer, SelfAttention
-from reference.families.hdit.layers import rotate, rotation_frequencies
+from reference.families.hdit.layers import (
+    EPSILON,
+    AdaRMSNorm,
+    FeedForward,
+    Layer,
+    SelfAttention,
+    rotate,
+    rotation_frequencies,
+)
 from reference.families.hdit.model import AUGMENTATIONS, HDiT
 
 
@@ -35,19 +43,9 @@ class Rotations(nn.Module):
             self.register_buffer(f"frequencies_{depth}", f, persistent=False)
 
     def forward(self, coordinates: Tensor) -> tuple[Tensor, ...]:
-        found = []
+        height, width, found = coordinates.shape[0], coordinates.shape[1], list[Tensor]()
         for (tall, wide), f in zip(self.divisors, self.buffers(), strict=True):
-            y = torch.arange(coordinates.shape[0] // tall, dtype=torch.float32)
-            x = torch.arange(coordinates.shape[1] // wide, dtype=torch.float32)
-            longer = torch.maximum(y.amax(0, True), x.amax(0, True)) + 1
-            by_row, by_column = (((p * 2 - p.amax(0, True)) / longer).reshape(-1, 1, 1) * f for p in (y, x))
-            angles = torch.cat(
-                [
-                    by_row.unsqueeze(1) + torch.zeros_like(by_column),
-                    by_column + torch.zeros_like(by_row).unsqueeze(1),
-                ],
-                3,
-            )
+            angles = grid_angles(height // tall, width // wide, f)
             found += [angles.cos(), angles.sin()]
         return tuple(found)
 

@@ -20,7 +20,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.families.parts.layers import Projection, ScaledFFN, SplitInput, token_mean
