@@ -136,7 +136,7 @@ def test_windows_of_a_rolled_grid_are_the_reference() -> None:
     window = {"attention": "shifted-window", "window": 4, "depth": 2}
     levels = [level | window for level in read_config("tiny-hdit")["model"]["hdit"]["levels"]]
     models = random_models("tiny-hdit", {"hdit": {"levels": levels}})
-    labels = torch.eye(10)[[[2, 5]]]
+    labels = torch.eye(10)[[2, 5]].unsqueeze(0)
     latent = torch.randn(2, 1, 32, 48, generator=torch.Generator().manual_seed(0))
     wanted = models.denoiser(labels, np.array([0.5]))(latent, 0)
     sources = family_of(models).sources(models)
@@ -156,6 +156,7 @@ def random_models(name: str, changes: dict[str, Any]) -> Any:
     return models
 
 
+@torch.inference_mode()
 def through_modules(
     sources: list[GraphSource], latent: Tensor, labels: Tensor, alpha_bar: Any, step: int
 ) -> Tensor:

@@ -30,9 +30,9 @@ def attending(config: SiD2Config) -> list[int]:
 
 
 class Rotations(nn.Module):
-    """`sid2_position`: coordinates `[H, W, 4]` -> of each level of transformers `[h, w, e/2]` twice.
+    """`sid2_position`: coordinates `[H, W, 4]` -> two tables of each level of transformers.
 
-    Cosines and sines of the angles of `reference.families.sid2.layers.rotation_of`.
+    `[h, w, e/2]` each, cosines and sines of the angles of `rotation_of` in the reference.
     """
 
     frequencies: Tensor
