@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from export import verify
+from export.chunk_attention import chunk_attention
 from export.families import family_of
 from export.families.hdit import attention
 from export.to_onnx import GraphSource
@@ -105,8 +108,8 @@ def test_gathered_neighbourhoods_are_exact_at_borders(size: tuple[int, int]) -> 
     q, k, v = torch.randn(3, 2, *size, 2, 8, generator=torch.Generator().manual_seed(0))
     wanted = neighbourhood(q, k, v, 7)
     tiles = attention.tiling(*(attention.neighbourhood(side, 7) for side in size))
-    flat = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    found = attention.attend(*flat, tiles).transpose(1, 2).unflatten(1, size)
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    found = attention.attend(q, k, v, tiles).transpose(1, 2).unflatten(1, size)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -181,3 +184,21 @@ def through_modules(
             known[spec.name] = tensor
     eps: Tensor = last.module(*(known[spec.name] for spec in last.inputs))
     return eps
+
+
+def test_attention_in_parts_is_exact(bundle: Path) -> None:
+    """However few scores are held at once, down to a line's head at a time."""
+    manifest = read_manifest(bundle)
+    spec = manifest.graph(manifest.step_graph)
+    model = onnx.load_from_string(manifest.file_bytes(spec))
+    height, width = FAMILIES[bundle.name][0][1]
+    sizes = {"batch": 2, "conditions": 3, "height": height, "width": width}
+    random = np.random.default_rng(0)
+    feed = {t.name: random.random(t.shape(sizes), np.float32) for t in spec.inputs}
+    wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
+    for most in (1, 200, 1 << 21):
+        chunked = chunk_attention(model, most)
+        assert chunked is not None
+        assert any(node.op_type == "Attention" for node in chunked.graph.node)
+        found = onnxruntime.InferenceSession(chunked.SerializeToString()).run(None, feed)[0]
+        assert relative_error(found, wanted) <= 1e-6

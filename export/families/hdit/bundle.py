@@ -1,7 +1,7 @@
 """How HDiT is exported."""
 
 from export.families.hdit import graphs
-from export.families.parts.pixels import decode, interface
+from export.families.parts.pixels import cells, decode, interface
 from export.to_onnx import GraphSource, graph_source
 from reference.families.hdit.model import HDiTModels
 from runtime.bundle.interface import KarrasData
@@ -22,11 +22,8 @@ def sources(models: HDiTModels) -> list[GraphSource]:
     latent: tuple[Axis, ...] = ("batch", config.channels, "height", "width")
     rotations: dict[str, tuple[Axis, ...]] = {}
     for depth, level in graphs.attending(config):
-        sides = (
-            axis if (count := side << depth) == 1 else f"{axis}/{count}"
-            for axis, side in zip(("height", "width"), config.patch, strict=True)
-        )
-        axes = (*sides, level.width // level.head_dim, level.head_dim // 4)
+        grid = cells(config.patch[0] << depth, config.patch[1] << depth)
+        axes = (*grid, level.width // level.head_dim, level.head_dim // 4)
         rotations |= {f"cos_{depth}": axes, f"sin_{depth}": axes}
     prompt: dict[str, tuple[Axis, ...]] = {"log_snr": ("steps",)}
     if classes:

@@ -175,16 +175,15 @@ class StepLevel(nn.Module):
 
     def __init__(self, layers: nn.Module):
         super().__init__()
-        listed = [StepLayer(layer) for layer in layers.children()]  # type: ignore[arg-type]
-        self.layers = nn.ModuleList(listed)
+        listed = [StepLayer(layer) for layer in layers.children()]
+        self.layers, self.attentions = nn.ModuleList(listed), [own.attention for own in listed]
 
     def forward(self, x: Tensor, gains: Iterator[Tensor], rotation: tuple[Tensor, ...]) -> Tensor:
-        size, known = (x.shape[1], x.shape[2]), dict[int, Tiling | None]()
-        for layer in self.layers:
-            shift = -1
-            if layer.attention is not None and (shift := layer.attention.shift) not in known:
-                known[shift] = layer.attention.tiles(size)
-            x = layer(x, gains, rotation, known.get(shift))
+        size = x.shape[1], x.shape[2]
+        alike = {own.shift: own for own in self.attentions if own is not None}
+        known = {shift: own.tiles(size) for shift, own in alike.items()}
+        for layer, own in zip(self.layers, self.attentions, strict=True):
+            x = layer(x, gains, rotation, known[own.shift] if own is not None else None)
         return x
 
 

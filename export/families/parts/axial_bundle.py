@@ -1,6 +1,7 @@
 """The graphs of a family of axial transformers, with their tensors' axes."""
 
 from export.families.parts import axial
+from export.families.parts.pixels import cells
 from export.to_onnx import GraphSource, graph_source
 from reference.families.parts.axial import AxialDenoiser
 from reference.families.parts.text import LabelCondition
@@ -14,12 +15,10 @@ def sources(name: str, model: AxialDenoiser, condition: LabelCondition) -> list[
     labels = condition.project.in_features
     film = axial.Film(model, tokens)
     latent: tuple[Axis, ...] = ("batch", config.channels, "height", "width")
-    height, width_axis = (
-        axis if model.fold == 1 else f"{axis}/{model.fold}" for axis in ("height", "width")
-    )
-    places: dict[str, tuple[Axis, ...]] = {"position": (height, width_axis, width)}
+    tall, wide = cells(model.fold, model.fold)
+    places: dict[str, tuple[Axis, ...]] = {"position": (tall, wide, width)}
     if masked := axial.is_masked(model):
-        places |= {"place_x": (width_axis,), "place_y": (height,)}
+        places |= {"place_x": (wide,), "place_y": (tall,)}
     text: dict[str, tuple[Axis, ...]] = {
         "text_k": (blocks, width, rank),
         "text_bias": (blocks, rank),

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from runtime.bundle.interface import Interface, Range, Trained
+from runtime.bundle.manifest import Axis
 
 LARGEST_SIDE = 65536
 
@@ -27,6 +28,13 @@ def interface(models: Any, labels: tuple[str, ...]) -> Interface:
         decoupled=False,
         trained=Trained(shortest, longest, longest / shortest),
     )
+
+
+def cells(height: int, width: int) -> tuple[Axis, Axis]:
+    """The axes of a grid whose cells are height × width pixels."""
+    sides = zip(("height", "width"), (height, width), strict=True)
+    tall, wide = (axis if side == 1 else f"{axis}/{side}" for axis, side in sides)
+    return tall, wide
 
 
 def decode(models: Any, latent: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from msgspec.structs import asdict
 
-from export.families.parts.pixels import decode, interface
+from export.families.parts.pixels import cells, decode, interface
 from export.families.sid2 import graphs
 from export.to_onnx import GraphSource, graph_source
 from reference.families.sid2.model import SiD2Models
@@ -24,8 +24,7 @@ def sources(models: SiD2Models) -> list[GraphSource]:
     tables: dict[str, tuple[Axis, ...]] = {}
     for level in graphs.attending(config):
         side = config.patch << level
-        sides = ("height", "width") if side == 1 else (f"height/{side}", f"width/{side}")
-        axes = (*sides, config.head_dim // 2)
+        axes = (*cells(side, side), config.head_dim // 2)
         tables |= {f"cos_{level}": axes, f"sin_{level}": axes}
     film_width = film.width
     found = [

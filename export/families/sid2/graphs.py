@@ -168,7 +168,7 @@ class StepLevel(nn.Module):
         listed = [*blocks.children()]
         self.convolves = isinstance(listed[0], ResBlock)
         kind = StepRes if self.convolves else StepTransformer
-        self.blocks = nn.ModuleList(kind(block) for block in listed)  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(kind(block) for block in listed)
 
     def forward(
         self,
