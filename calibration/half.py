@@ -52,13 +52,14 @@ HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # of any one number: at the edge of a stroke, where tanh is steep, ten times that of the rest.
 BOUNDS = {"fp16": 64 * 2**-11, "bf16": 64 * 2**-8}
 LARGE = ((256, 256), (512, 512))
+PRODUCTS = {"MatMul", "Conv"}
 # Ops that may stay in half where the tokens they read are half: they sum nothing over tokens.
 FOLLOWING = {
     *("Add", "Sub", "Mul", "Relu", "Min", "Max", "Exp", "Sigmoid", "LayerNormalization"),
     *("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
     *("Squeeze", "Transpose", "Unsqueeze"),
 }
-PROBES = ({"height": 5, "width": 7}, {"height": 11, "width": 13})
+PROBES = ((4, 6), (10, 12))  # multiples of height and width above the least legal side
 # Float tensor -> which of its axes grow with height and width.
 Moving = dict[str, tuple[bool, ...]]
 
@@ -79,8 +80,11 @@ def moving_axes(model: ModelProto, spec: GraphSpec) -> Moving:
     names = [value.name for value in session.get_outputs()]
     axes = {axis for tensor in spec.inputs for axis in tensor.names}
     shapes: list[dict[str, tuple[int, ...]]] = []
-    for size in PROBES:
-        sizes = {axis: size.get(axis, 2) for axis in axes}
+    for further in PROBES:
+        sizes = dict.fromkeys(axes, 2)
+        for axis, count in zip(("height", "width"), further, strict=True):
+            if (sides := spec.ranges.get(axis)) is not None:
+                sizes[axis] = sides.minimum + count * sides.multiple
         values = {t.name: np.ones(t.shape(sizes), t.dtype) for t in spec.inputs}
         values |= dict(zip(names, session.run(names, values), strict=True))
         values |= {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
@@ -104,7 +108,7 @@ def half_tensors(graph: GraphProto, moving: Moving) -> set[str]:
         follows = node.op_type in FOLLOWING or copies
         if node.op_type in ("Sin", "Cos") or (follows and tokens and features.issuperset(tokens)):
             features.update(node.output)
-        product = node.op_type == "MatMul" and not copies and not sums_tokens(node, moving)
+        product = node.op_type in PRODUCTS and not copies and not sums_tokens(node, moving)
         if not tokens or not kept.isdisjoint(node.output):
             continue
         if (product and features.isdisjoint(tokens)) or (follows and half.issuperset(tokens)):
@@ -171,7 +175,7 @@ def read_in_fp32(graph: GraphProto, moving: Moving) -> set[str]:
     found: set[str] = set()
 
     def in_fp32(reader: NodeProto) -> bool:
-        product = reader.op_type == "MatMul" and not sums_tokens(reader, moving)
+        product = reader.op_type in PRODUCTS and not sums_tokens(reader, moving)
         return not (product or reader.op_type in FOLLOWING) or reader.output[0] in found
 
     for node in reversed(graph.node):
@@ -348,7 +352,9 @@ def add_variants(args: argparse.Namespace) -> None:
     """Make and check the graphs beside their place, then put them there, the manifest last."""
     manifest = read_manifest(find_bundle(args.bundle))
     with staging(manifest.folder) as scratch:
-        made = make_variants(manifest, args.precision, scratch, LARGE)
+        # Where pixels are diffused, sizes like these were among those of the fp32 graph.
+        large = LARGE if manifest.interface.decoupled else ()
+        made = make_variants(manifest, args.precision, scratch, large)
         put_variants(manifest, made, scratch)
     for precision, own in made.items():
         error, name = max((row.error, name) for name in own for row in own[name].parity)
