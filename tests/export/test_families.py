@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from calibration import half
+from calibration.samples import Samples
 from export import verify
 from export.chunk_attention import chunk_attention
 from export.families import family_of
@@ -202,3 +204,20 @@ def test_attention_in_parts_is_exact(bundle: Path) -> None:
         assert any(node.op_type == "Attention" for node in chunked.graph.node)
         found = onnxruntime.InferenceSession(chunked.SerializeToString()).run(None, feed)[0]
         assert relative_error(found, wanted) <= 1e-6
+
+
+def test_half_forms_stay_close(bundle: Path, tmp_path: Path) -> None:
+    """fp16 and bf16 of the step graph, as cores that accumulate in fp32 compute them."""
+    manifest = read_manifest(bundle)
+    name = manifest.step_graph
+    spec = manifest.graph(name)
+    model = onnx.load_from_string(manifest.file_bytes(spec))
+    height, width = FAMILIES[bundle.name][0][1]
+    sizes = {"batch": 2, "conditions": 2, "height": height, "width": width}
+    inputs, wanted = Samples(manifest).take(name, sizes, 1)
+    for precision in half.HALVES:
+        own, engine = half.write_variant(model, spec, name, precision, tmp_path)
+        made = onnx.load_from_string((tmp_path / own.file).read_bytes())
+        kinds = {tensor.data_type for tensor in made.graph.initializer}
+        assert half.HALVES[precision] in kinds  # its large weights at least
+        assert half.check(engine.run(inputs), wanted, precision, name) > 0
