@@ -7,7 +7,6 @@ outputs agree.
 
 import torch
 import torch.nn.functional as F
-from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 
 from reference.families.parts.layers import (
@@ -17,6 +16,7 @@ from reference.families.parts.layers import (
     LinearAttention,
     positive,
 )
+from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import EncoderBlock
 
 

@@ -170,7 +170,7 @@ def prepare(folder: Path, config: str, sizes: list[Size]) -> tuple[Prepared, dic
             arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in own[name][1].items()}
             np.savez(folder / f"{kind}-{size_name(size)}.npz", **arrays)
         function, other = PATCHED.get(name, ("parts.positive", parts.positive))
-        with patch(f"export.{function}", other):  # looked up as the module is traced
+        with patch(f"export.families.r2.{function}", other):  # looked up as the module is traced
             source = exported(module, inputs, channels)
             model = onnx_from_source(source)
         chunked = model if name == CHUNKED else chunk_ffn(model)

@@ -148,7 +148,7 @@ def test_the_update_is_the_sampler_s(tiny_bundle: Path) -> None:
         (("--latent", "8x8..4x4"), 2, "smaller size first"),
         (("--batch", "8..1"), 2, "no range"),
         (("--aspect", "1:2"), 2, "no aspect"),
-        (("--latent", "4x4..90000x4"), 2, "takes 1..65536"),
+        (("--latent", "4x4..90000x4"), 2, "takes 1 to 65536"),
         (("--profiles", "0"), 2, "expected an integer"),
     ],
 )

@@ -10,7 +10,6 @@ T text tokens, C latent channels, c colours, S schedule points, F film values pe
 from collections.abc import Iterable, Sequence
 
 import torch
-from reference.families.r2.model import R2Models
 from torch import Tensor, nn
 
 from export.families.parts.layers import (
@@ -22,6 +21,7 @@ from export.families.parts.layers import (
 )
 from export.families.r2.parts import Attention, CrossAttention, response_of
 from reference.families.parts.layers import AdaLN
+from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import DecoderBlock, EncoderBlock
 from reference.families.r2.r2ir import Block
 

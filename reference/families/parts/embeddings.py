@@ -74,13 +74,15 @@ class GridFeatures(nn.Module):
 class TimeFeatures(nn.Module):
     """alpha_bar `[...]` in [0, 1] -> features `[..., 2F]` float32, normalised over 2F.
 
-    `affine`: with a learnt scale and shift per channel.
+    `affine`: with a learnt scale and shift per channel. `short`: what the factor of alpha_bar lacks
+    of 1, 2e-6 as it is specified or as float32 has it.
     """
 
     frequencies: Tensor
 
-    def __init__(self, high: int, low: int, affine: bool = False):
+    def __init__(self, high: int, low: int, affine: bool = False, short: float = SHORT_OF_ONE):
         super().__init__()
+        self.short = short
         self.register_buffer("frequencies", frequencies(high, low), persistent=False)
         self.norm = nn.LayerNorm(2 * (high + low), elementwise_affine=affine)
 
@@ -88,6 +90,6 @@ class TimeFeatures(nn.Module):
         with torch.autocast(alpha_bar.device.type, enabled=False):
             # alpha_bar · (1 - 2e-6) written as a difference: torch.onnx's optimiser takes a
             # product with a number so near 1 for one with 1, and drops it.
-            centred = alpha_bar.float() - alpha_bar.float() * SHORT_OF_ONE - (0.5 - 1e-6)
+            centred = alpha_bar.float() - alpha_bar.float() * self.short - (0.5 - 1e-6)
             angles = centred.unsqueeze(-1) * self.frequencies.float()
             return self.norm(torch.cat([angles.sin(), angles.cos()], -1))

@@ -75,7 +75,8 @@ class R2ID(nn.Module):
         d = config.width
         self.config = config
         self.position = PositionFeatures(config.high_frequencies, config.low_frequencies)
-        self.time = TimeFeatures(config.time_high_frequencies, config.time_low_frequencies)
+        counts = config.time_high_frequencies, config.time_low_frequencies
+        self.time = TimeFeatures(*counts, short=2e-6)
         features = 8 * (config.high_frequencies + config.low_frequencies)
         time_features = 2 * (config.time_high_frequencies + config.time_low_frequencies)
         self.film = nn.Sequential(
