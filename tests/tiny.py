@@ -8,7 +8,6 @@ import torch
 
 from export.__main__ import main as export
 from reference import checkpoint
-from reference.families.r2.model import R2Models
 from reference.train import build_models, read_config
 
 
