@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from export.families.hdit.attention import Tiling, attend, neighbourhood, tiling, windows
+from export.families.parts.layers import signal_share
 from export.families.parts.rotary import grid_angles
 from reference.families.hdit.config import HDiTConfig, Level
 from reference.families.hdit.layers import (
@@ -66,7 +67,7 @@ class Scalings(nn.Module):
         self.sigma_data = config.sigma_data
 
     def forward(self, log_snr: Tensor) -> Tensor:
-        a, rest = log_snr.sigmoid(), (-log_snr).sigmoid()
+        a, rest = signal_share(log_snr), signal_share(-log_snr)
         r = (rest + a * self.sigma_data**2).rsqrt()
         return torch.stack([r, rest.sqrt() * r * r, a.sqrt() * r * -self.sigma_data], 1)
 

@@ -20,6 +20,14 @@ def token_mean(x: Tensor) -> Tensor:
     return x.new_full((1, 1, count), 1.0) / count @ x
 
 
+def signal_share(log_snr: Tensor) -> Tensor:
+    """alpha_bar of a log-SNR; 1 - alpha_bar is that of its negative.
+
+    Not as a Sigmoid, whose small numbers ONNX Runtime gives to few digits: their roots need all.
+    """
+    return 1 / (1 + (-log_snr).exp())
+
+
 class Projection(nn.Module):
     """A linear layer as a matrix on the right, its output scaled per channel.
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from export.families.parts.layers import signal_share
 from export.families.parts.rotary import grid_angles
 from reference.families.parts.rotary import turn
 from reference.families.sid2.config import SiD2Config
@@ -56,7 +57,7 @@ class Scalings(nn.Module):
     """`sid2_scalings`: log_snr `[S]` -> √(1 - a) and √a with a = alpha_bar, `[S, 2]`."""
 
     def forward(self, log_snr: Tensor) -> Tensor:
-        return torch.stack([(-log_snr).sigmoid().sqrt(), log_snr.sigmoid().sqrt()], 1)
+        return torch.stack([signal_share(-log_snr).sqrt(), signal_share(log_snr).sqrt()], 1)
 
 
 class SiteFilm(nn.Module):
