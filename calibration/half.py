@@ -3,6 +3,7 @@
 What becomes half and what stays fp32 follows from what an op does, never from a node's name:
 
 - A product of tokens and weights runs in half: these products are nearly all of the arithmetic.
+  Convolutions stay fp32: ONNX has none in bf16 before opset 22.
 - What is computed from their results alone (bias, LayerNorm, phi, SiLU) stays in half, unless
   fp32 alone reads it. ONNX's LayerNormalization reduces in fp32 in any precision.
 - All else is fp32: the interface, coordinates, Fourier features and their projection, the tokens
@@ -52,7 +53,6 @@ HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 # of any one number: at the edge of a stroke, where tanh is steep, ten times that of the rest.
 BOUNDS = {"fp16": 64 * 2**-11, "bf16": 64 * 2**-8}
 LARGE = ((256, 256), (512, 512))
-PRODUCTS = {"MatMul", "Conv"}
 # Ops that may stay in half where the tokens they read are half: they sum nothing over tokens.
 FOLLOWING = {
     *("Add", "Sub", "Mul", "Relu", "Min", "Max", "Exp", "Sigmoid", "LayerNormalization"),
@@ -108,7 +108,7 @@ def half_tensors(graph: GraphProto, moving: Moving) -> set[str]:
         follows = node.op_type in FOLLOWING or copies
         if node.op_type in ("Sin", "Cos") or (follows and tokens and features.issuperset(tokens)):
             features.update(node.output)
-        product = node.op_type in PRODUCTS and not copies and not sums_tokens(node, moving)
+        product = node.op_type == "MatMul" and not copies and not sums_tokens(node, moving)
         if not tokens or not kept.isdisjoint(node.output):
             continue
         if (product and features.isdisjoint(tokens)) or (follows and half.issuperset(tokens)):
@@ -175,7 +175,7 @@ def read_in_fp32(graph: GraphProto, moving: Moving) -> set[str]:
     found: set[str] = set()
 
     def in_fp32(reader: NodeProto) -> bool:
-        product = reader.op_type in PRODUCTS and not sums_tokens(reader, moving)
+        product = reader.op_type == "MatMul" and not sums_tokens(reader, moving)
         return not (product or reader.op_type in FOLLOWING) or reader.output[0] in found
 
     for node in reversed(graph.node):
