@@ -41,7 +41,7 @@ from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER
 from runtime.sampling.request import Request
-from runtime.sampling.schedule import Schedule
+from runtime.sampling.schedule import Schedule, read
 from runtime.sampling.solvers import Table
 
 Case = tuple[Size, Size]  # latent, image
@@ -67,7 +67,7 @@ def evaluations(bundle: Path, latent: Size, converged: int) -> dict[str, tuple[i
     """Per kind of table, the fewest evaluations that reach WANTED, and the PSNR they reach."""
     opened = open_bundle(bundle)
     own = min(latent[0], SEARCHED), min(latent[1], SEARCHED)
-    schedule = opened.diffuser.schedule
+    schedule = read(opened.manifest.schedule, own)
     given = (opened, own, SCALE, PICTURES)
     wanted = draw(*given, reference(schedule, converged))
     found: dict[str, tuple[int, float]] = {}

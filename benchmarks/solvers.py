@@ -30,7 +30,7 @@ from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS
 from runtime.sampling.guidance import guidance
 from runtime.sampling.loop import sample
 from runtime.sampling.noise import NoiseStreams
-from runtime.sampling.schedule import Schedule, log_snr
+from runtime.sampling.schedule import Schedule, log_snr, read
 from runtime.sampling.solvers import Table, expit
 
 SIZES = [(8, 8), (16, 16), (9, 16)]
@@ -114,11 +114,11 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row per solver, number of evaluations, size and scale."""
     rows = []
-    schedule = bundle.diffuser.schedule
     cases = [*product(args.sizes, args.guidance)]
     total = len(cases) * (args.reference + len(chosen) * sum(evaluations))
     with Bar(total=total, desc="solvers", unit="step") as bar:
         for size, scale in cases:
+            schedule = read(bundle.manifest.schedule, size)
             given = (bundle, size, scale, args.pictures)
             wanted = draw(*given, reference(schedule, args.reference))
             bar.update(args.reference)

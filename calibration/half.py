@@ -3,6 +3,7 @@
 What becomes half and what stays fp32 follows from what an op does, never from a node's name:
 
 - A product of tokens and weights runs in half: these products are nearly all of the arithmetic.
+  Convolutions stay fp32: ONNX has none in bf16 before opset 22.
 - What is computed from their results alone (bias, LayerNorm, phi, SiLU) stays in half, unless
   fp32 alone reads it. ONNX's LayerNormalization reduces in fp32 in any precision.
 - All else is fp32: the interface, coordinates, Fourier features and their projection, the tokens
@@ -58,7 +59,7 @@ FOLLOWING = {
     *("Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split"),
     *("Squeeze", "Transpose", "Unsqueeze"),
 }
-PROBES = ({"height": 5, "width": 7}, {"height": 11, "width": 13})
+PROBES = ((4, 6), (10, 12))  # multiples of height and width above the least legal side
 # Float tensor -> which of its axes grow with height and width.
 Moving = dict[str, tuple[bool, ...]]
 
@@ -79,8 +80,11 @@ def moving_axes(model: ModelProto, spec: GraphSpec) -> Moving:
     names = [value.name for value in session.get_outputs()]
     axes = {axis for tensor in spec.inputs for axis in tensor.names}
     shapes: list[dict[str, tuple[int, ...]]] = []
-    for size in PROBES:
-        sizes = {axis: size.get(axis, 2) for axis in axes}
+    for further in PROBES:
+        sizes = dict.fromkeys(axes, 2)
+        for axis, count in zip(("height", "width"), further, strict=True):
+            if (sides := spec.ranges.get(axis)) is not None:
+                sizes[axis] = sides.minimum + count * sides.multiple
         values = {t.name: np.ones(t.shape(sizes), t.dtype) for t in spec.inputs}
         values |= dict(zip(names, session.run(names, values), strict=True))
         values |= {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
@@ -347,7 +351,9 @@ def write_variant(
 def add_variants(args: argparse.Namespace) -> None:
     """Make and check the graphs beside their place, then put them there, the manifest last."""
     with editing(find_bundle(args.bundle)) as (manifest, scratch):
-        made = make_variants(manifest, args.precision, scratch, LARGE)
+        # Where pixels are diffused, sizes like these were among those of the fp32 graph.
+        large = LARGE if manifest.interface.decoupled else ()
+        made = make_variants(manifest, args.precision, scratch, large)
         put_variants(manifest, made, scratch)
     for precision, own in made.items():
         error, name = max((row.error, name) for name in own for row in own[name].parity)

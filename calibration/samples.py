@@ -35,7 +35,7 @@ from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.labels import Label
 from runtime.sampling.request import Request
-from runtime.sampling.schedule import log_snr
+from runtime.sampling.schedule import log_snr, read
 
 PICTURES = 3
 DRAWING_STEPS = 20
@@ -75,8 +75,10 @@ def heavy(manifest: Manifest) -> list[str]:
     """The graphs that lower precisions are made of: the step's, and the resampler's but for one.
 
     The one that ratios are counted with stays fp32: its sums over all pixels are what an exact
-    drawing rests on. Raises UsageError for a bundle without a resampler.
+    drawing rests on.
     """
+    if not manifest.interface.decoupled:
+        return [manifest.step_graph]
     roles = roles_of(manifest)
     names = (roles.read_image, roles.encode, roles.read_latent, roles.decode, roles.render)
     return [manifest.step_graph, *names]
@@ -86,8 +88,8 @@ def roles_of(manifest: Manifest) -> Roles:
     """The resampler's graphs; raises UsageError for a bundle without one."""
     if not manifest.interface.decoupled:
         raise UsageError(
-            f"{manifest.folder}: {manifest.interface.why_coupled}; lower precisions are made of "
-            "bundles that have one. Use --precision fp32 for this one"
+            f"{manifest.folder}: {manifest.interface.why_coupled}; 8-bit forms are made of bundles "
+            "that have one. Make fp16 or bf16 with: python -m calibration.half"
         )
     return Roles.of(manifest)
 
@@ -128,8 +130,8 @@ class Samples:
     """Inputs of a bundle's heavy graphs, and the fp32 graphs' own outputs for them."""
 
     def __init__(self, manifest: Manifest):
-        self.bundle, self.roles = Bundle(manifest), roles_of(manifest)
-        labels = [i % len(manifest.interface.labels) for i in range(PICTURES)]
+        self.bundle, count = Bundle(manifest), len(manifest.interface.labels)
+        labels: list[Label] = [i % count if count else None for i in range(PICTURES)]
         self.pictures = self.bundle.generate(labels, steps=DRAWING_STEPS).images
         self.latents = self.bundle.encode(self.pictures, manifest.interface.default_latent)
 
@@ -145,10 +147,11 @@ class Samples:
     def _inputs(self, graph: str, sizes: Mapping[str, int], number: int) -> Arrays:
         size, batch = (sizes["height"], sizes["width"]), sizes["batch"]
         pictures, latents = self.pictures[:batch], self.latents[:batch]
-        roles, at = self.roles, {"coordinates": grid(*size)}
         if graph == self.bundle.diffuser.step_graph:
-            latents = self.bundle.encode(pictures, size)
-            return self._step(latents, sizes["conditions"], size, number)
+            coded = self.bundle.interface.decoupled
+            resized = self.bundle.encode if coded else self.bundle.resampler.enlarge
+            return self._step(resized(pictures, size), sizes.get("conditions", 1), size, number)
+        roles, at = roles_of(self.bundle.manifest), {"coordinates": grid(*size)}
         if graph == roles.read_image:
             return {"pixels": self.bundle.decode(latents, size), **at}
         if graph == roles.encode:
@@ -171,9 +174,10 @@ class Samples:
         """Inputs of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
         batch, labels = len(latent), len(self.bundle.interface.labels)
         one_hot = np.zeros((conditions, batch, labels), np.float32)
-        for branch in range(1, conditions):  # branch 0 is the null condition
+        for branch in range(1, conditions if labels else 1):  # branch 0 is the null condition
             one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
-        table = solvers.table("ddim", self.bundle.diffuser.schedule, TRAJECTORY_STEPS)
+        schedule = read(self.bundle.manifest.schedule, size)
+        table = solvers.table("ddim", schedule, TRAJECTORY_STEPS)
         alpha_bars = table.alpha_bar
         step = number % len(alpha_bars)
         noise = np.random.default_rng(number).standard_normal(latent.shape)
@@ -189,7 +193,9 @@ def calibration_set(
 
     `data` is a folder of MNIST's IDX files whose pictures go through the resampler; without it
     these are pictures that the bundle draws. Written through `scratch`, a folder on the same disk.
+    Raises UsageError for a bundle without a resampler.
     """
+    roles_of(manifest)  # a bundle without a resampler is refused before any work
     pictures = read_pictures(data, settings) if data else None
     given = hashlib.sha256(b"" if pictures is None else pictures.tobytes()).hexdigest()
     key = {
@@ -281,10 +287,10 @@ def trajectory(
     turn: int,
 ) -> Iterator[Sample]:
     """Runs of the step graph in one DDIM trajectory, `turn` saying which; see `Settings`."""
-    steps, graph, schedule = settings.steps, bundle.diffuser.step_graph, bundle.diffuser.schedule
+    steps, graph, data = settings.steps, bundle.diffuser.step_graph, bundle.manifest.schedule
     request = Request(labels, size, None, steps, scale, seed=settings.seed, solver="ddim")
-    alpha_bars = request.table(schedule).alpha_bar
-    times = schedule.time(log_snr(alpha_bars))
+    alpha_bars = request.table(data).alpha_bar
+    times = request.schedule(data).time(log_snr(alpha_bars))
     found: list[Sample] = []
 
     def keep(progress: Progress) -> None:

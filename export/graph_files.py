@@ -6,6 +6,7 @@ import onnx
 from msgspec.structs import replace
 
 from export.chunk import chunk_ffn
+from export.chunk_attention import chunk_attention
 from export.to_onnx import GraphSource, onnx_from_source
 from export.verify import parity
 from runtime.bundle.files import sha256
@@ -19,9 +20,10 @@ def make_graph(
     source: GraphSource, folder: Path, interface: Interface
 ) -> tuple[GraphSpec, GraphSpec | None]:
     """A graph's spec and that of its form for ONNX Runtime on a CPU, if it has one."""
-    model = onnx_from_source(source)
+    model = onnx_from_source(source, sides_of(source, interface))
     spec = write_graph(source, model, folder / f"{source.name}.onnx", interface)
     chunked = chunk_ffn(model)
+    chunked = chunk_attention(chunked or model) or chunked
     if chunked is None:
         return spec, None
     return spec, write_graph(source, chunked, folder / f"{source.name}.cpu.onnx", interface)

@@ -1,9 +1,11 @@
 """Checkpoint → ONNX graphs with named dynamic axes."""
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,16 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from runtime.bundle.interface import LARGEST, Range
 from runtime.bundle.manifest import Axis, Lifetime, TensorSpec
 from runtime.coordinates import grid
 from runtime.errors import ArtefactError
 
 OPSET = 20
 # Sizes that examples are traced at: no two axes alike, none 0 or 1, which would be baked in.
-EXAMPLE = {"batch": 2, "conditions": 3, "height": 5, "width": 7, "steps": 4}
+EXAMPLE = {"batch": 2, "conditions": 3, "steps": 4}
+FURTHER = {"height": 4, "width": 6}  # multiples above the least legal side
+ANY = Range(1, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class GraphSource:
     """A graph before its export: a module and what goes in and comes out by name and axes.
 
     `positive` names inputs that are at least 1 wherever the runtime gives them, as sums of
-    positive features are. `floats_per_pixel` as in `GraphSpec`.
+    positive features are, `bounded` those within ±1. `floats_per_pixel` as in `GraphSpec`.
     """
 
     name: str
@@ -35,6 +40,7 @@ class GraphSource:
     outputs: tuple[TensorSpec, ...]
     positive: frozenset[str] = frozenset()
     floats_per_pixel: int = 0
+    bounded: frozenset[str] = frozenset({"pixels"})
 
     @property
     def axes(self) -> list[str]:
@@ -57,25 +63,46 @@ class GraphSource:
         values = torch.randn(shape, generator=generator)
         if spec.name in self.positive:
             return values.abs() + 1
-        return values.tanh() if spec.name == "pixels" else values
+        return values.tanh() if spec.name in self.bounded else values
 
 
-def onnx_from_source(source: GraphSource) -> onnx.ModelProto:
-    """Export one graph; raises ArtefactError where an axis was baked in."""
+def graph_source(
+    name: str,
+    lifetime: Lifetime,
+    module: nn.Module,
+    inputs: dict[str, tuple[Axis, ...]],
+    outputs: dict[str, tuple[Axis, ...]],
+    bounded: Iterable[str] = (),
+) -> GraphSource:
+    """A graph whose tensors are float32, each with its axes; `bounded` as in `GraphSource`."""
+    taken, given = (
+        tuple(TensorSpec(key, "float32", axes) for key, axes in side.items())
+        for side in (inputs, outputs)
+    )
+    within = frozenset(bounded)
+    return GraphSource(name, lifetime, module.eval(), taken, given, bounded=within)
+
+
+def onnx_from_source(source: GraphSource, sides: Range = ANY) -> onnx.ModelProto:
+    """Export one graph, height and width of `sides`; raises ArtefactError for a fixed axis."""
     generator = torch.Generator().manual_seed(0)
-    dynamic: dict[str, Any] = {
-        spec.name: {i: torch.export.Dim.DYNAMIC for i, a in enumerate(spec.axes) if named(a)}
-        for spec in source.inputs
+    example = EXAMPLE | {
+        axis: sides.minimum + count * sides.multiple for axis, count in FURTHER.items()
     }
+    dynamic = tuple(
+        {i: dimension(axis, sides) for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
+        for spec in source.inputs
+    )
     with quiet():
         program = torch.onnx.export(
             source.module,
-            source.example(EXAMPLE, generator),
+            source.example(example, generator),
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in source.inputs],
             output_names=[spec.name for spec in source.outputs],
-            dynamic_shapes=tuple(dynamic.values()),
+            # By the names of the module's parameters: several may be taken as one.
+            dynamic_shapes=inspect.signature(source.module.forward).bind(*dynamic).arguments,
             verbose=False,
         )
     assert program is not None  # torch types it so for its older exporter
@@ -85,8 +112,14 @@ def onnx_from_source(source: GraphSource) -> onnx.ModelProto:
     return model
 
 
-def named(axis: Axis) -> bool:
-    return isinstance(axis, str)
+def dimension(axis: str, sides: Range) -> Any:
+    """A named axis for the exporter, which is told what a height or width is a multiple of."""
+    name, _, divisor = axis.partition("/")
+    multiple = sides.multiple // int(divisor or 1)
+    if name not in FURTHER or sides.multiple == 1:
+        return torch.export.Dim.DYNAMIC
+    cells = torch.export.Dim(f"{name}_cells")
+    return cells if multiple == 1 else multiple * cells
 
 
 def name_axes(model: onnx.ModelProto, source: GraphSource) -> None:

@@ -29,6 +29,7 @@ TRAJECTORY_STEPS = 20
 TRAJECTORY_SIZE = (9, 6)
 SIZES = ((1, 1), (1, 9), (7, 5), (16, 16), (31, 64), (64, 64))
 SMALL_GRAPH_SIZES = (*SIZES, (2, 2), (3, 128), (97, 101))
+MOST_CELLS = 1 << 15
 BATCHES = (1, 3)
 CONDITIONS = (1, 2, 3)
 STEPS = (1, 5, 51)
@@ -37,15 +38,19 @@ STEPS = (1, 5, 51)
 def size_cases(source: GraphSource, sides: Range) -> Iterator[dict[str, int]]:
     """Sizes of the graph's named axes: all grids, batches, conditions and step counts.
 
-    Grids count multiples of the legal sides; those that are too large are left out.
+    Grids count legal sides from the least on; those that are too large are left out.
     """
     axes = source.axes
     small = source.lifetime == "size"
     scaled = [
-        (height * sides.multiple, width * sides.multiple)
-        for height, width in (SMALL_GRAPH_SIZES if small else SIZES)
+        tuple(sides.minimum + (count - 1) * sides.multiple for count in size)
+        for size in (SMALL_GRAPH_SIZES if small else SIZES)
     ]
-    grids = [size for size in scaled if size[0] in sides and size[1] in sides]
+    grids = [
+        (height, width)
+        for height, width in scaled
+        if height in sides and width in sides and height * width <= MOST_CELLS
+    ]
     grids = grids if "height" in axes else [(0, 0)]
     batches = BATCHES if "batch" in axes else (0,)
     conditions = CONDITIONS if "conditions" in axes else (0,)

@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
     steps = ", ".join(f"{name}: {own.steps}" for name, own in SOLVERS.items())
     add("--steps", type=cli.number(1, 10_000, int), help=f"evaluations of the model ({steps})")
     spacing = ", ".join(f"{name}: {own.spacing}" for name, own in SOLVERS.items())
-    add("--spacing", choices=SPACINGS, help=f"what steps are even in ({spacing})")
+    add(
+        "--spacing",
+        choices=SPACINGS,
+        help=f"what steps are even in ({spacing}; or the schedule's)",
+    )
     add("--guidance", type=cli.number(-100, 100), help="guidance_scale; 1 is the label alone (2)")
     interval = "t within which --guidance counts, else it is 1: no null branch to compute (0..1)"
     add("--guidance-interval", type=cli.interval, metavar="LOW..HIGH", help=interval)
@@ -197,8 +201,16 @@ def preview(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
         )
     size = {"latent": small, "image": image, "continue_at": None, "continue_from": None}
     size["crop"] = None
-    few = {"solver": SOLVER, "spacing": SOLVERS[SOLVER].spacing}
+    few = {"solver": SOLVER, "spacing": default_spacing(bundle, SOLVER, small)}
     return wanted | size | few | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
+
+
+def default_spacing(bundle: "Bundle", solver: str, latent: tuple[int, int]) -> str:
+    """The spacing of a run for which none is asked."""
+    from runtime.sampling.schedule import read
+    from runtime.sampling.solvers import spacing_of
+
+    return spacing_of(solver, read(bundle.manifest.schedule, latent))
 
 
 def shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -245,7 +257,9 @@ def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
     largest = wanted["continue_at"] or wanted["latent"]
     wanted["image"] = wanted["image"] or bundle.interface.image_size(largest)
     solver = SOLVERS[wanted["solver"]]
-    wanted["spacing"] = wanted["spacing"] or solver.spacing
+    wanted["spacing"] = wanted["spacing"] or default_spacing(
+        bundle, wanted["solver"], wanted["latent"]
+    )
     wanted["steps"] = wanted["steps"] or solver.steps
     if wanted["continue_at"]:
         wanted["continue_from"] = wanted["continue_from"] or wanted["steps"] // 2

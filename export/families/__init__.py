@@ -4,9 +4,17 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from export.families.hdit import bundle as hdit
 from export.families.r2 import bundle as r2
+from export.families.s2id import bundle as s2id
+from export.families.sid2 import bundle as sid2
+from export.families.siid import bundle as siid
 from export.to_onnx import GraphSource
+from reference.families.hdit.model import HDiTModels
 from reference.families.r2.model import R2Models
+from reference.families.s2id.model import S2IDModels
+from reference.families.sid2.model import SiD2Models
+from reference.families.siid.model import SIIDModels
 from runtime.bundle.interface import Interface, ScheduleData
 
 
@@ -32,6 +40,10 @@ class Family(Protocol):
 
 FAMILIES: dict[type, Family] = {
     R2Models: r2,
+    SIIDModels: siid,
+    S2IDModels: s2id,
+    HDiTModels: hdit,
+    SiD2Models: sid2,
 }
 
 

@@ -71,7 +71,42 @@ class CosineData(Struct, frozen=True, tag_field="name", tag="cosine", forbid_unk
     floor: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
 
 
-ScheduleData = CosineData  # a union of them: `runtime.sampling.schedule` knows each
+class ShiftedCosineData(
+    Struct, frozen=True, tag_field="name", tag="shifted_cosine", forbid_unknown_fields=True
+):
+    """log-SNR(t) of a cosine schedule from `logsnr_max` to `logsnr_min`, moved by the size.
+
+    By 2 · ln(side / sqrt(H · W)) for an image of H × W, the side going from `noise_high` at t = 0
+    to `noise_low` at t = 1. alpha_bar is not below `floor`.
+    """
+
+    noise_low: Annotated[float, Meta(gt=0, le=LARGEST)]
+    noise_high: Annotated[float, Meta(gt=0, le=LARGEST)]
+    logsnr_min: Annotated[float, Meta(ge=-100, le=100)]
+    logsnr_max: Annotated[float, Meta(ge=-100, le=100)]
+    floor: Annotated[float, Meta(gt=0, lt=1)] = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.logsnr_min >= self.logsnr_max or self.noise_low > self.noise_high:
+            raise ValueError(
+                f"log-SNR of {self.logsnr_min} to {self.logsnr_max}, noise of sides "
+                f"{self.noise_low} to {self.noise_high}; expected both to rise"
+            )
+
+
+class KarrasData(Struct, frozen=True, tag_field="name", tag="karras", forbid_unknown_fields=True):
+    """alpha_bar = 1 / (1 + sigma²), sigma^(1/rho) even in t from `sigma_min` to `sigma_max`."""
+
+    sigma_min: Annotated[float, Meta(gt=0, le=LARGEST)]
+    sigma_max: Annotated[float, Meta(gt=0, le=LARGEST)]
+    rho: Annotated[float, Meta(ge=1, le=100)] = 7.0
+
+    def __post_init__(self) -> None:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma of {self.sigma_min} to {self.sigma_max}; expected it to rise")
+
+
+ScheduleData = CosineData | ShiftedCosineData | KarrasData  # each is in `sampling.schedule`
 
 
 class Interface(Struct, frozen=True, forbid_unknown_fields=True):

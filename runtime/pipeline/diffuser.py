@@ -122,7 +122,7 @@ class Diffuser:
     def __init__(self, engines: Engines, resampler: Resampler | Uncoded):
         self.engines, self.resampler = engines, resampler
         self.manifest = engines.manifest
-        self.schedule = schedule.read(self.manifest.schedule)
+        self.schedule = self.manifest.schedule
         self.step_graph = self.manifest.step_graph
         self.kept = self.manifest.of_lifetime(*KEPT)
         self.axes = wires(self.manifest)

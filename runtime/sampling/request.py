@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from runtime.bundle.interface import Interface, Size, check_size
+from runtime.bundle.interface import Interface, ScheduleData, Size, check_size
 from runtime.errors import UsageError
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 from runtime.sampling.guidance import Guidance, guidance
 from runtime.sampling.labels import Label, Labels
 from runtime.sampling.noise import COHERENT, KINDS, LARGEST_SEED
-from runtime.sampling.schedule import Schedule, log_snr
+from runtime.sampling.schedule import Schedule, log_snr, read
 
 MOST_STEPS = 10_000
 
@@ -69,14 +69,18 @@ class Request:
             return self.count
         return self.count // 2 if self.continue_from is None else self.continue_from
 
-    def table(self, schedule: Schedule) -> solvers.Table:
+    def schedule(self, data: ScheduleData) -> Schedule:
+        """A bundle's schedule for the size that a run begins with: it fixes all of its nodes."""
+        return read(data, self.latent)
+
+    def table(self, data: ScheduleData) -> solvers.Table:
         """The solver's table over a bundle's schedule, its history forgotten at `turn`."""
-        given = (self.solver, schedule, self.count, self.spacing, self.eta)
+        given = (self.solver, self.schedule(data), self.count, self.spacing, self.eta)
         return solvers.table(*given, restart=self.turn)
 
-    def guidance(self, table: solvers.Table, schedule: Schedule, interface: Interface) -> Guidance:
+    def guidance(self, table: solvers.Table, data: ScheduleData, interface: Interface) -> Guidance:
         """Conditions and their weights in each step of a table; raises UsageError."""
-        times = schedule.time(log_snr(table.alpha_bar[:-1]))
+        times = self.schedule(data).time(log_snr(table.alpha_bar[:-1]))
         each = Labels(interface.labels, interface.parts).of_images(self.labels)
         count = len(interface.labels)
         return guidance(each, count, self.guidance_scale, times, self.guidance_interval)

@@ -29,6 +29,8 @@ EPSILON = 1e-6  # as published with the cosine schedule's DDIM
 # last, whose x0 is the sample, is 0.25 / S. Below 8 the first half of them is of order 1: over such
 # long steps x0 is better held than extrapolated where noise dominates. Deeper in the noise than
 # `DEEPEST` a model's x0 is not worth a first step; above 30 all of the schedule is run through.
+# A shifted schedule shifts first and deepest too: averaged over n × n pixels a picture is less
+# noisy by ln n in these units, so that what shows at some depth shows there ln n further down.
 FIRST, FIRST_PER_LOG, LAST_TIME = 0.3, 1.75, 0.25
 DEEPEST = -5.7
 FEW, MANY = 8, 30
@@ -69,13 +71,18 @@ def table(
     `restart`: a step that takes no x0 of those before it, as where the latent's size changes.
     """
     own = SOLVERS[solver]
-    spacing = spacing or own.spacing
+    spacing = spacing or spacing_of(solver, schedule)
     if own.order == 0 and spacing == "time":
         nodes = schedule.alpha_bar(np.linspace(1.0, 0.0, steps + 1))
     else:
         nodes = np.append(GRIDS[spacing](schedule, steps), 1.0)
     held = steps // 2 if steps < FEW else 1
     return Table(nodes, np.array(rows(nodes, own.order, eta, restart, held, steps <= MANY)))
+
+
+def spacing_of(solver: str, schedule: Schedule) -> str:
+    """The spacing of a run where none is asked for: the schedule's own, else the solver's."""
+    return schedule.spacing or SOLVERS[solver].spacing
 
 
 def rows(
@@ -169,7 +176,7 @@ def ends(schedule: Schedule, steps: int) -> tuple[float, float]:
     least, last = log_snr(schedule.alpha_bar(np.array([1.0, LAST_TIME / steps])))
     if steps > MANY:
         return float(least), float(last)
-    first = max(DEEPEST, -FIRST - FIRST_PER_LOG * math.log(steps))
+    first = max(DEEPEST, -FIRST - FIRST_PER_LOG * math.log(steps)) + schedule.shift
     return max(2 * first, float(least)), float(last)
 
 

@@ -10,18 +10,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.bundle.interface import CosineData
+from runtime.bundle.interface import CosineData, KarrasData, ShiftedCosineData
 from runtime.errors import NumericalError, UsageError
 from runtime.sampling import choices, schedule, solvers
 from runtime.sampling.guidance import Guidance, guidance, guide, guided
 from runtime.sampling.loop import sample
-from runtime.sampling.schedule import COSINE
+from runtime.sampling.schedule import COSINE, Schedule
 from runtime.sampling.solvers import Table
 
 SOLVERS = st.sampled_from([*choices.SOLVERS])
 SPACINGS = st.sampled_from([*choices.SPACINGS])
 # x0 ~ N(MEAN, SPREAD²), for which eps is known, and x along the probability flow.
 MEAN, SPREAD = 0.7, 0.4
+KARRAS = KarrasData(0.01, 80)
+SCHEDULES = st.sampled_from(
+    [
+        COSINE,
+        schedule.read(KARRAS, (8, 8)),
+        schedule.read(ShiftedCosineData(16, 32, -10, 10), (24, 64)),
+    ]
+)
 
 
 def deviation(alpha_bar: Any) -> Any:
@@ -46,24 +54,49 @@ def flow(x: np.ndarray, start: float, end: float) -> np.ndarray:
     return moved
 
 
-@given(st.integers(1, 500), SOLVERS, SPACINGS)
-def test_nodes_rise_towards_the_image(steps: int, solver: str, spacing: str) -> None:
-    table = solvers.table(solver, COSINE, steps, spacing)
+@given(SCHEDULES, st.integers(1, 500), SOLVERS, st.none() | SPACINGS)
+def test_nodes_rise_towards_the_image(
+    own: Schedule, steps: int, solver: str, spacing: str | None
+) -> None:
+    table = solvers.table(solver, own, steps, spacing)
     assert table.alpha_bar.shape == (steps + 1,) and table.rows.shape == (steps, 7)
     assert (np.diff(table.alpha_bar) > 0).all()
     assert table.alpha_bar[0] >= COSINE.floor and table.alpha_bar[-1] > 0.999
     assert np.isfinite(table.rows).all()
 
 
-@given(st.floats(1e-3, 1))
-def test_a_schedule_finds_the_time_of_its_log_snr(t: float) -> None:
-    there = COSINE.alpha_bar(np.array([t]))
+@given(SCHEDULES, st.floats(1e-3, 1))
+def test_a_schedule_finds_the_time_of_its_log_snr(own: Schedule, t: float) -> None:
+    there = own.alpha_bar(np.array([t]))
     if there > COSINE.floor:
-        assert COSINE.time(schedule.log_snr(there)) == pytest.approx(t, abs=1e-9)
+        assert own.time(schedule.log_snr(there)) == pytest.approx(t, abs=1e-9)
+
+
+def test_karras_sigmas_are_those_of_the_paper() -> None:
+    """Four from 80 to 0.01, by its equation 5."""
+    own = schedule.read(KARRAS, (8, 8))
+    sigma = np.sqrt(1 / own.alpha_bar(np.array([1, 2 / 3, 1 / 3, 0])) - 1)
+    root = [80 ** (1 / 7) + i / 3 * (0.01 ** (1 / 7) - 80 ** (1 / 7)) for i in range(4)]
+    assert sigma == pytest.approx([r**7 for r in root])
+    assert solvers.spacing_of("ddim", own) == solvers.spacing_of("dpm++3m", own) == "karras"
+
+
+def test_a_shifted_schedule_gives_larger_pictures_more_noise() -> None:
+    """By ln 4 where a side is twice as long; a run begins as much deeper in the noise."""
+    data = ShiftedCosineData(32, 32, -10, 10)
+    small, large = (schedule.read(data, (side, side)) for side in (32, 64))
+    t = np.linspace(0.05, 0.95, 7)
+    moved = schedule.log_snr(small.alpha_bar(t)) - schedule.log_snr(large.alpha_bar(t))
+    assert moved == pytest.approx(math.log(4))
+    starts = [solvers.ends(own, 8)[0] for own in (small, large)]
+    assert starts[0] - starts[1] == pytest.approx(math.log(4))
+    wide = schedule.read(ShiftedCosineData(32, 512, -10, 10), (256, 1024))
+    found = schedule.log_snr(wide.alpha_bar(np.array([0.25, 0.5, 0.75])))
+    assert found == pytest.approx([0.3575, -2.7726, -5.9026], abs=1e-4)
 
 
 def test_a_schedule_is_what_a_manifest_says() -> None:
-    own = schedule.read(CosineData(0.01, 1e-5))
+    own = schedule.read(CosineData(0.01, 1e-5), (4, 6))
     assert own == schedule.Cosine(0.01, 1e-5)
     assert msgspec.to_builtins(own) == {"name": "cosine", "offset": 0.01, "floor": 1e-5}
 

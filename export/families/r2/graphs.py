@@ -12,16 +12,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from export.families.r2.parts import (
-    Attention,
-    CrossAttention,
+from export.families.parts.layers import (
     Projection,
     ScaledFFN,
     SplitInput,
-    response_of,
     token_mean,
     tokens_of,
 )
+from export.families.r2.parts import Attention, CrossAttention, response_of
 from reference.families.parts.layers import AdaLN
 from reference.families.r2.model import R2Models
 from reference.families.r2.r2id import DecoderBlock, EncoderBlock

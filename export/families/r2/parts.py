@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.families.parts.layers import ATTENTION_EPSILON, FFN, GRN_EPSILON, LinearAttention
+from export.families.parts.layers import Projection, token_mean
+from reference.families.parts.layers import ATTENTION_EPSILON, GRN_EPSILON, LinearAttention
 
 
 def positive(x: Tensor) -> Tensor:
@@ -31,38 +32,10 @@ def positive(x: Tensor) -> Tensor:
     return above + (x - above).exp()
 
 
-def tokens_of(x: Tensor) -> Tensor:
-    """`[B, C, H, W]` -> `[B, H · W, C]`."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def token_mean(x: Tensor) -> Tensor:
-    """Mean over tokens, `[B, N, d]` -> `[B, 1, d]`, as a product: threads share its work."""
-    count = x.shape[1]
-    return x.new_full((1, 1, count), 1.0) / count @ x
-
-
 def response_of(x: Tensor) -> Tensor:
     """GRN's ratios of tokens `[B, N, d]` -> `[B, 1, d]`: root mean squares over their mean."""
     root = token_mean(x * x).sqrt()
     return root / (root.mean(2, keepdim=True) + GRN_EPSILON)
-
-
-class Projection(nn.Module):
-    """A linear layer as a matrix on the right, its output scaled per channel.
-
-    With `shift`, its input lacks that shift and the bias makes up for it.
-    """
-
-    def __init__(self, linear: nn.Linear, scale: Tensor | float = 1.0, shift: Tensor | None = None):
-        super().__init__()
-        weight, bias = linear.weight.T * scale, linear.bias * scale
-        self.weight = nn.Parameter(weight.contiguous())  # [in, out]
-        self.bias = nn.Parameter(bias if shift is None else bias + shift @ weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[.., in]` -> `[.., out]`."""
-        return x @ self.weight + self.bias
 
 
 class Heads(nn.Module):
@@ -167,30 +140,3 @@ class CrossAttention(nn.Module):
         """x `[B', N, d]`, text_k `[.., B', d, a·T]`, text_v `[.., B', a·T, d]`."""
         scores = positive(self.query_norm(self.query(x))) @ text_k
         return scores / (scores @ self.same_head + ATTENTION_EPSILON) @ text_v
-
-
-class ScaledFFN(nn.Module):
-    """FFN with its output times `scale`; `shift` is what its input lacks (see Projection)."""
-
-    def __init__(self, ffn: FFN, scale: Tensor, shift: Tensor | None = None):
-        super().__init__()
-        self.up, self.down = Projection(ffn.up, 1.0, shift), Projection(ffn.down, scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(x)))
-
-
-class SplitInput(nn.Module):
-    """A projection of values ‖ positional features, each half on its own."""
-
-    def __init__(self, linear: nn.Linear, values: int):
-        super().__init__()
-        self.value_weight = nn.Parameter(linear.weight[:, :values].T.contiguous())
-        self.position_weight = nn.Parameter(linear.weight[:, values:].T.contiguous())
-        self.bias = nn.Parameter(linear.bias)
-
-    def values(self, x: Tensor) -> Tensor:
-        return x @ self.value_weight
-
-    def position(self, features: Tensor) -> Tensor:
-        return features @ self.position_weight + self.bias

@@ -16,7 +16,7 @@ from reference.families.parts.models import Denoiser, Models
 from reference.families.parts.text import with_null
 from reference.families.sid2.config import SiD2Config, SiD2Model
 from reference.families.sid2.layers import EPSILON, ResBlock, TransformerBlock, rotation_of
-from reference.families.sid2.schedule import logsnr
+from runtime.sampling.schedule import log_snr
 
 PRECONDITION = 8  # λ is divided by it before its sines
 HIGHEST = 64  # ratio of the highest to the lowest frequency of λ
@@ -120,7 +120,7 @@ class SiD2Models(Models):
         eps = √(1 - a)·z + √a·v.
         """
         branches, batch = labels.shape[:2]
-        levels = logsnr(alpha_bar)
+        levels = log_snr(alpha_bar)
 
         def denoise(z: Tensor, step: int) -> Tensor:
             a = float(alpha_bar[step])

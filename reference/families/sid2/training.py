@@ -13,7 +13,7 @@ from reference.families.parts.config import read
 from reference.families.parts.training import Stage, Step, Task, branches, take_over, times, widened
 from reference.families.sid2.config import SiD2Model
 from reference.families.sid2.model import SiD2, SiD2Models
-from reference.families.sid2.schedule import Schedule, sigmoid
+from reference.families.sid2.schedule import schedule_of, sigmoid, slope
 
 IN_BLOCK = re.compile(r"(enc\.\d+|mid|dec\.\d+)\.\d+\.(qkv|proj|ffn1|ffn2)\.weight")
 KEYS = frozenset({"betas", "condition_dropout", "loss_bias"})
@@ -39,7 +39,7 @@ class SiD2Task(Task):
     def __init__(self, config: dict[str, Any], models: SiD2Models, images: Images):
         self.config, self.settings = config, models.config
         self.model = models.sid2
-        self.schedule = Schedule(models.config.schedule, *models.config.default_size)
+        self.schedule = schedule_of(models.config.schedule, models.config.default_size)
         self.pad, self.parts = images.pad, images.parts
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
@@ -51,8 +51,8 @@ class SiD2Task(Task):
         condition = widened(step.condition, settings.labels)
         label = branches(condition, self.parts, self.config["condition_dropout"])[0]
         t = times(batch).numpy()
-        levels = self.schedule.logsnr(t)
-        weight = weight_v(levels, self.schedule.slope(t), self.config["loss_bias"])
+        levels = self.schedule.log_snr(t)
+        weight = weight_v(levels, slope(self.schedule, t), self.config["loss_bias"])
         logsnr, counts = (torch.from_numpy(x).float().to(device) for x in (levels, weight))
         alpha, sigma = (torch.sigmoid(x).sqrt()[:, None, None, None] for x in (logsnr, -logsnr))
         eps = torch.randn_like(image)

@@ -5,6 +5,7 @@ The page names 1e-6 of the largest value, 5e-6 for walks of several steps, 2e-5 
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from reference.families.parts.config import read
 from reference.families.sid2.config import SiD2Model
 from reference.families.sid2.layers import rotation_of
 from reference.families.sid2.model import SiD2Models
-from reference.families.sid2.schedule import Schedule, sigmoid
+from reference.families.sid2.schedule import schedule_of, sigmoid, slope
 from reference.families.sid2.training import weight_v
 from tests.reference.families.golden import Golden, walk
 
@@ -126,17 +127,17 @@ def check_trace(golden: Golden, models: SiD2Models) -> None:
 def check_schedule(golden: Golden, models: SiD2Models) -> None:
     t, sizes = golden["schedule.t"].numpy(), {16.0: (16, 16), 19.5959: (16, 24), 128.0: (128, 128)}
     for match, _ in golden.named(r"schedule\.logsnr\.d([\d.]+)"):
-        schedule = Schedule(models.config.schedule, *sizes[float(match[1])])
-        logsnr = schedule.logsnr(t)
-        found = {"logsnr": logsnr, "dlogsnr": schedule.slope(t), "alpha_bar": sigmoid(logsnr)}
+        schedule = schedule_of(models.config.schedule, sizes[float(match[1])])
+        logsnr = schedule.log_snr(t)
+        found = {"logsnr": logsnr, "dlogsnr": slope(schedule, t), "alpha_bar": sigmoid(logsnr)}
         for name, value in found.items():
             golden.close(torch.from_numpy(value), f"schedule.{name}.d{match[1]}", 1e-12)
 
 
 def check_loss(golden: Golden, models: SiD2Models) -> None:
-    schedule = Schedule(models.config.schedule, 16, 16)
+    schedule = schedule_of(models.config.schedule, (16, 16))
     t = golden["loss.t"].numpy()
-    logsnr, slope = schedule.logsnr(t), schedule.slope(t)
+    logsnr, falling = schedule.log_snr(t), slope(schedule, t)
     alpha_bar = torch.from_numpy(sigmoid(logsnr))[:, None, None, None]
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     x, eps = golden["loss.x"], golden["loss.noise"]
@@ -150,7 +151,7 @@ def check_loss(golden: Golden, models: SiD2Models) -> None:
     golden.close(mse, "loss.mse_v", TOLERANCE)
     for match, _ in golden.named(r"loss\.b(-?\d)\.value"):
         bias, key = float(match[1]), f"loss.b{match[1]}"
-        weight = weight_v(logsnr, slope, bias)
+        weight = weight_v(logsnr, falling, bias)
         golden.close(torch.from_numpy(weight), f"{key}.weight_v", 1e-12)
         golden.close(torch.from_numpy(weight / sigmoid(logsnr)), f"{key}.weight_eps", 1e-12)
         golden.close(torch.from_numpy(weight / sigmoid(-logsnr)), f"{key}.weight_x0", 1e-12)
@@ -160,7 +161,8 @@ def check_loss(golden: Golden, models: SiD2Models) -> None:
 def check_walks(golden: Golden, models: SiD2Models) -> None:
     """DDIM with guidance, noise, an interval of noise levels and clipping."""
     meta = golden.meta["ddim"]
-    alpha_bars = Schedule(models.config.schedule, *meta["size"]).sampling_alpha_bar(meta["steps"])
+    schedule = schedule_of(models.config.schedule, tuple(meta["size"]))
+    alpha_bars = schedule.alpha_bar(np.linspace(1.0, 0.0, meta["steps"] + 1))
     labels = one_hot(golden["ddim.label"], 5)
     denoise = models.denoiser(torch.stack([torch.zeros_like(labels), labels]), alpha_bars)
     for index, run in enumerate(meta["runs"]):
