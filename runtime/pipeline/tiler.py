@@ -35,9 +35,10 @@ Pixels = NDArray[np.float32]
 # What a resampler may add to the process where no limit is given: at the published width, the
 # sample and a tile.
 DEFAULT_ROOM = 350_000_000
-# A tile of more pixels leaves the caches of two cores and is slower, as benchmarks.rate
-# measures; powers of two down to the smallest, so that the same request gives the same tiles.
-LARGEST_TILE, LEAST_BESIDE = 2048, 1024
+# A tile of more pixels leaves the processor's cache and is slower, that of a render from half of
+# that on, as benchmarks.rate measures; powers of two down to the smallest, so that the same request
+# gives the same tiles.
+LARGEST_TILE, LARGEST_RENDERED, LEAST_BESIDE = 4096, 2048, 1024
 GRN_EPSILON = 1e-6  # of ConvNeXt V2's GRN, as in the graphs
 
 
@@ -165,7 +166,7 @@ class Tiler:
             count = self.tile(roles.render, roles.respond)
         else:
             count = self.tile(roles.render, taken=taken)
-        for band in bands(window, count // factor**2):
+        for band in bands(window, min(count, LARGEST_RENDERED) // factor**2):
             at = [place.window(*times(tile, factor)) for tile in band]
             tiles = [engine.run({"coordinates": own, **given})["pixels"][0] for own in at]
             yield np.concatenate([reduced(tile, factor) for tile in tiles], 2)

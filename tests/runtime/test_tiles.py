@@ -231,7 +231,7 @@ def test_memory_chooses_the_tile_and_says_what_is_missing(
         room = own.bytes_needed("r2ir_render", pixels)
         return replace(own, room=room).tile("r2ir_render", *graphs)
 
-    assert [tile(n) for n in (9999, 2048, 2047, 64, -1)] == [2048, 2048, 1024, 64, 64]
+    assert [tile(n) for n in (9999, 4096, 4095, 64, -1)] == [4096, 4096, 2048, 64, 64]
     assert tile(4096, "r2ir_response") == 1024  # both at once
     monkeypatch.setattr(tiles, "resident", lambda: 100_000_000)
     each = own.bytes_needed("r2ir_render", 1)
