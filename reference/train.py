@@ -361,7 +361,7 @@ def train_in(
         runs.append(Run(stage, config, images, out, speed, init))
         seconds[stage.name] = runs[-1].train(stage.task(config[stage.name], models, images))
     provenance = {
-        "command": f"python -m reference.train --config {name}"
+        "command": f"python -m reference.train --config {Path(name).name}"
         + " --compile" * (speed.compile and not on_gpu)
         + " --bf16" * (speed.bf16 and not on_gpu)
         + f" --dtype {args.dtype}",
