@@ -111,7 +111,7 @@ def draw_noise(bundle: Path, out: Path) -> None:
     pipeline = open_bundle(bundle)
     square: dict[str, Any] = {"image": (32, 32)}
     coherent = square | {"noise": "coherent"}
-    larger = {"latent": (8, 8), "continue_at": (16, 16), "continue_from": STEPS // 2}
+    larger = {"latent": (8, 8), "continue_at": (16, 16)}
     rows = [
         *(
             (f"{side} × {side}", {"latent": (side, side)} | square | {"noise": "independent"})
