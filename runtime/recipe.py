@@ -17,7 +17,7 @@ LabelNumber = Annotated[int, Meta(ge=0, le=999_999)]
 Weight = Annotated[float, Meta(ge=-1e6, le=1e6)]
 # `7`, `[7, 11]` of two parts, `{"7:11": 0.5}`: see `label_to_json`.
 Combination = Annotated[str, Meta(pattern=r"\A[0-9]{1,6}(:[0-9]{1,6}){0,7}\Z")]
-Numbers = Annotated[list[LabelNumber], Meta(min_length=1, max_length=8)]
+Numbers = Annotated[list[LabelNumber], Meta(min_length=2, max_length=8)]
 WrittenLabel = LabelNumber | None | Numbers | dict[Combination, Weight]
 Steps = Annotated[int, Meta(ge=1, le=10_000)]
 

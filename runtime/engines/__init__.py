@@ -130,7 +130,8 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
     profiles = plan.profiles if plan else ()
     ranges = profile_options(options.provider, spec, profiles)
     if ranges:  # the provider builds for the plans' sizes and can run no other
-        legal = {axis: Range(low, high) for axis, (low, _, high) in span(profiles).items()}
+        sides = {axis: side for axis, side in span(profiles).items() if axis in spec.ranges}
+        legal = {axis: Range(low, high) for axis, (low, _, high) in sides.items()}
         spec = msgspec.structs.replace(spec, ranges=spec.ranges | legal)
         own = ranges | dict(options.provider_options)
         options = replace(options, provider_options=own)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from runtime.bundle.manifest import Array
+from runtime.bundle.manifest import REBUILD, Array
 from runtime.engines import Engine
 from runtime.errors import NumericalError
 
@@ -25,8 +25,7 @@ class FiniteEngine:
                 given = [f"{key} too" for key, value in inputs.items() if not is_finite(value)]
                 raise NumericalError(
                     f"{self.file}: found NaN or infinity in {', '.join([name, *given])}; expected "
-                    "finite numbers. Try --precision fp32, and make the bundle again with: make "
-                    "export, if it stays"
+                    f"finite numbers. Try --precision fp32; if it stays: {REBUILD}"
                 )
         return found
 

@@ -86,4 +86,4 @@ def test_one_evaluation_is_checked_too(own_bundle: Path) -> None:
 def test_a_graph_that_is_given_no_numbers_says_so(tiny_bundle: Path) -> None:
     pixels = np.full((1, 1, 8, 8), np.nan, np.float32)
     with pytest.raises(NumericalError, match="pixels too"):
-        open_bundle(tiny_bundle).encode(pixels, (2, 2))
+        open_bundle(tiny_bundle).resampler.encode(pixels, (2, 2))
