@@ -75,7 +75,8 @@ def interface_of(loaded: checkpoint.Checkpoint) -> Interface:
     made = loaded.provenance
     labels = tuple(made.get("labels") or ())
     interface = family_of(loaded.models).interface(loaded.models, labels)
-    return replace(interface, parts=label_parts(made), trained=trained_range(made))
+    seen = trained_range(made) or interface.trained
+    return replace(interface, parts=label_parts(made), trained=seen)
 
 
 def worst(manifest: Manifest) -> str:
