@@ -91,14 +91,15 @@ def test_the_cache_is_used_and_knows_its_settings(
 
 def test_real_pictures(own_bundle: Path, tmp_path: Path) -> None:
     digits = np.arange(3 * 28 * 28, dtype=np.uint32).astype(np.uint8)
-    (tmp_path / samples.IDX_FILE).write_bytes(bytes(16) + digits.tobytes())
+    sides = b"".join(side.to_bytes(4, "big") for side in (3, 28, 28))
+    (tmp_path / samples.IDX_FILE).write_bytes(bytes([0, 0, 8, 3]) + sides + digits.tobytes())
     pictures = samples.read_pictures(tmp_path, FEW)
     assert pictures.shape == (2, 1, 32, 32) and pictures.dtype == np.float32
     assert (pictures[:, :, :2] == -1).all() and -1 <= pictures.min() < pictures.max() <= 1
     (tmp_path / samples.IDX_FILE).write_bytes(b"short")
-    with pytest.raises(ArtefactError, match="no IDX file"):
+    with pytest.raises(ArtefactError, match="expected IDX magic"):
         samples.read_pictures(tmp_path, FEW)
-    with pytest.raises(ArtefactError, match=r"Name another --data"):
+    with pytest.raises(ArtefactError, match="Pass their folder with --data"):
         samples.read_pictures(own_bundle, FEW)
 
 
