@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime import cli
 from runtime.bundle.files import sha256
-from runtime.bundle.interface import size_name
+from runtime.bundle.interface import Range, size_name
 from runtime.bundle.manifest import Array, GraphSpec, Lifetime, TensorSpec
 from runtime.coordinates import grid
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]
 Interface = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
+LARGEST_AXIS = 1 << 16  # of the sizes that a benchmark's graph takes
 ALPHA_BAR = 0.3
 LABEL = 7
 GEMM_ROWS = 1024  # tokens of the product that gives the machine's rate: its arrays stay in cache
@@ -235,7 +236,8 @@ def write_graph(
     lifetime: Lifetime = "size" if name.startswith("published") else "step"
     form = name.split(".")[-1]
     precision = form if form in PRECISIONS else "fp32"
-    return GraphSpec(path.name, sha256(data), precision, lifetime, inputs, outputs, {})
+    ranges = {axis: Range(1, LARGEST_AXIS) for tensor in inputs for axis in tensor.names}
+    return GraphSpec(path.name, sha256(data), precision, lifetime, inputs, outputs, ranges)
 
 
 def in_int8(model: Any, spec: GraphSpec, size: Size, inputs: dict[str, Array]) -> Any:

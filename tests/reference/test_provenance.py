@@ -20,8 +20,8 @@ def test_the_shipped_bundle_knows_what_it_was_trained_on(shipped: checkpoint.Che
     assert interface.trained == trained_range(shipped.provenance) is not None
     assert interface.warning((8, 8)) is None and interface.warning((16, 9)) is None
     assert interface.warning((18, 18)) is None  # outside, but not far
-    assert "of 4 to 16 and aspects up to 2; 64x64 is far" in str(interface.warning((64, 64)))
-    assert "aspects up to 2; 4x16 is far" in str(interface.warning((4, 16)))
+    assert "of 4 to 16 and aspects up to 2.5; 64x64 is far" in str(interface.warning((64, 64)))
+    assert "aspects up to 2.5; 4x16 is far" in str(interface.warning((4, 16)))
 
 
 def test_stages_and_parts_are_read_of_the_configuration(shipped: checkpoint.Checkpoint) -> None:
