@@ -21,8 +21,8 @@ help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 # $(call install,ENVIRONMENT,LOCK,REQUIREMENTS): everything in its exact version, pip and what builds
-# packages too. Sources are compiled when they are first imported: half a minute less before the
-# first picture. The stamp lists what was installed.
+# packages too. Sources are compiled when they are first imported: the first
+# picture need not wait for it. The stamp lists what was installed.
 define install
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --upgrade --constraint $(2) pip setuptools wheel
