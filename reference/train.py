@@ -13,7 +13,8 @@ import platform
 import random
 import time
 import tomllib
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,21 @@ class Speed:
     bf16: bool
     save_every: int
 
+    @property
+    def autocast(self) -> bool:
+        return self.bf16 and self.device.type == "cuda"
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """On a CPU bf16 is the large products' alone: converting all else costs what it saves."""
+        before = torch.get_float32_matmul_precision()
+        if self.bf16 and not self.autocast:
+            torch.set_float32_matmul_precision("medium")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
 
 class Run:
     """One stage of training in a folder: its state on disk, its log, its loop."""
@@ -152,10 +168,13 @@ class Run:
         step, seconds, rows = self._resume(model, average, optimizer)
         if step < self.steps:
             start = time.monotonic() - seconds
-            loss_of = torch.compile(task.loss) if self.speed.compile else task.loss
+            loss_of = task.loss
+            if self.speed.compile:
+                loss_of = torch.compile(task.loss)
+                task.compile_inputs()
             bar = Bar(total=self.steps, initial=step, desc=self.name, unit="step", smoothing=0.1)
             model.train()
-            with cli.patient():
+            with cli.patient(), self.speed.products():
                 while step < self.steps:
                     inputs = task.inputs(self._batch(step))
                     if self.speed.compile:
@@ -216,7 +235,7 @@ class Run:
         optimizer: Optimizers,
         index: int,
     ) -> float:
-        with torch.autocast(self.speed.device.type, torch.bfloat16, enabled=self.speed.bf16):
+        with torch.autocast(self.speed.device.type, torch.bfloat16, enabled=self.speed.autocast):
             loss = loss_of(model, *inputs)
         if not math.isfinite(loss.item()):
             raise NumericalError(
@@ -442,7 +461,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="what PyTorch trains on")
     parser.add_argument("--compile", action=optional, help="torch.compile (default: on CUDA)")
-    parser.add_argument("--bf16", action=optional, help="bfloat16 autocast (default: on CUDA)")
+    bf16 = "bfloat16 autocast; on a CPU large products alone (default: on CUDA)"
+    parser.add_argument("--bf16", action=optional, help=bf16)
     of = "of the checkpoint's tensors; float16 halves it"
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float32", help=of)
     kept = "steps between saved states, from which training goes on"

@@ -71,6 +71,9 @@ class Task:
         """What `loss` takes at a step, after the model."""
         raise NotImplementedError
 
+    def compile_inputs(self) -> None:
+        """Compile what is slow in `inputs`, where there is such a thing."""
+
     @staticmethod
     def loss(model: Any, *inputs: Tensor) -> Tensor:
         """A number to make small."""

@@ -127,6 +127,7 @@ class R2IDTask(R2Task):
         self.model, self.labels = R2IDModels(models), models.config.condition.labels
         self.pad, self.parts = images.pad, images.parts
         self.side = images.pixels.shape[-1]
+        self.encode_tokens = models.r2ir.encode_tokens
         self.summaries: Summaries | None = None
         if config["keep_summaries"] and not images.painted:
             self.summaries = Summaries(models.r2ir, len(images), images.pixels.device)
@@ -139,7 +140,11 @@ class R2IDTask(R2Task):
             if self.summaries is not None and shape == (self.side, self.side):
                 own = self.summaries.of(step.chosen, picture)
                 return self.r2ir.encode_summary(own, grid_tokens(*size, picture.device))
-            return tokens_from_grid(self.r2ir.encode(picture, size))
+            at, to = (grid_tokens(*s, picture.device) for s in (shape, size))
+            return self.encode_tokens(tokens_from_grid(picture), at, to)
+
+    def compile_inputs(self) -> None:
+        self.encode_tokens = torch.compile(self.r2ir.encode_tokens, dynamic=True)
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Noisy latent, its coordinates, alpha_bar, labels, the noise in it and what it counts."""

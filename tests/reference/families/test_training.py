@@ -119,7 +119,9 @@ def test_a_family_learns_and_resumes_in_the_same_bits(
 def test_a_family_trains_in_bfloat16(name: str, bars: Path, tmp_path: Path) -> None:
     args = arguments(configuration(name, tmp_path, steps=2), bars, tmp_path / "run")
     args.bf16 = True
+    before = torch.get_float32_matmul_precision()
     train(args)
+    assert torch.get_float32_matmul_precision() == before
     state = load_file(tmp_path / "run" / "checkpoint.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
 
