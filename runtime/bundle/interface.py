@@ -1,5 +1,6 @@
 """What a bundle draws, as far as a request needs it: names, channels, legal sizes, the schedule."""
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Annotated, Any
@@ -163,6 +164,19 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
         height, width = (
             self.latent_sides.nearest(round(side / self.pixels_per_latent)) for side in image
         )
+        return height, width
+
+    def latent_of_picture(self, picture: Size) -> Size:
+        """The legal latent in which a picture of any size is edited, if none is asked for.
+
+        Of its aspect, and as large as the default one; where pixels are diffused as large as the
+        picture, or the largest legal.
+        """
+        cells = math.prod(self.default_latent)
+        scale = math.sqrt(cells / math.prod(picture))
+        if not self.decoupled:
+            scale = min(1.0, self.latent_sides.maximum / max(picture))
+        height, width = (self.latent_sides.nearest(round(side * scale)) for side in picture)
         return height, width
 
     def check_image(self, latent: Size, image: Size) -> None:

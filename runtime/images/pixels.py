@@ -25,6 +25,25 @@ def to_uint8(pixels: NDArray[np.float32]) -> Rows:
     return np.moveaxis(scaled, -3, -1)
 
 
+def resized(
+    values: NDArray[np.float32], size: tuple[int, int], box: bool = False
+) -> NDArray[np.float32]:
+    """`[.., h, w]` -> `[.., *size]` by Pillow's bicubic filter, or the mean of what each covers.
+
+    Both take all of a larger picture into account. The same array where it has that size.
+    """
+    from PIL import Image
+
+    if values.shape[-2:] == size:
+        return values
+    kind = Image.Resampling.BOX if box else Image.Resampling.BICUBIC
+    maps = [
+        np.asarray(Image.fromarray(own).resize((size[1], size[0]), kind))
+        for own in values.astype(np.float32).reshape(-1, *values.shape[-2:])
+    ]
+    return np.stack(maps).reshape(*values.shape[:-2], *size)
+
+
 def contact_sheet(images: Rows, columns: int) -> Rows:
     """`[B, h, w, c]` -> one image of `columns` columns with a thin grid between."""
     return np.concatenate([*sheet_rows([[image] for image in images], columns)])

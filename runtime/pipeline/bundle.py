@@ -27,6 +27,7 @@ from runtime.engines import EngineOptions, check_engine_kind
 from runtime.errors import ArtefactError, UsageError
 from runtime.pipeline.checks import check_images, check_pixels, check_request
 from runtime.pipeline.diffuser import Diffuser, OnStep
+from runtime.pipeline.editing import Kept
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.tiles import Crop, fill, window_of
@@ -116,24 +117,35 @@ class Bundle:
     ) -> Generated:
         """Draw one image per entry of `labels` as one batch; `options` are those of `Request`.
 
-        `latent` defaults to the bundle's. `on_step` gets a `Progress` after each step, and stops
-        the run by returning True. Raises UsageError before any engine is opened, StoppedError,
-        NumericalError naming the step.
+        `latent` defaults to the bundle's, or that of an edit to its picture's aspect. `on_step`
+        gets a `Progress` after each step, and stops the run by returning True. Raises UsageError
+        before any engine is opened, StoppedError, NumericalError naming the step.
         """
-        own = self.interface.default_latent if latent is None else latent
-        request = Request(labels, own, **options)
+        request = Request(labels, latent or self.default_latent(options.get("init")), **options)
         self.check(request)
-        size = request.image or self.interface.image_size(request.largest)
+        size = request.drawn_size(self.interface)
         with self.opening(request):
             pass
         x = self.diffuse(request, on_step)
-        return Generated(self.decode(x, size), x)
+        images, kept = self.decode(x, size), self.kept(request, size)
+        return Generated(images if kept is None else kept.paste(images), x)
+
+    def default_latent(self, init: Array | None = None) -> Size:
+        """The latent of a request for which none is asked; `init` `[B, c, h, w]` is its picture."""
+        if init is None:
+            return self.interface.default_latent
+        check_pixels(self.interface, init, "init")
+        return self.interface.latent_of_picture((init.shape[2], init.shape[3]))
+
+    def kept(self, request: Request, size: Size) -> Kept | None:
+        """What images of a size keep of the picture of an edit that was checked; None: nothing."""
+        return self.diffuser.editor.kept(request, size)
 
     def opening(self, *requests: Request) -> AbstractContextManager[None]:
         """Open every graph that requests need, while the block runs: errors show at its end."""
         drawing: list[str] = []
         for request in requests:
-            size = request.image or self.interface.image_size(request.largest)
+            size = request.drawn_size(self.interface)
             drawing += self.resampler.drawing(request.largest, size)
         return self.diffuser.opening(requests, drawing)
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
 
 import numpy as np
@@ -18,13 +18,14 @@ from runtime.bundle.manifest import Array
 from runtime.coordinates import grid
 from runtime.engines import HISTORY, Engine, SamplingEngine
 from runtime.errors import StoppedError
+from runtime.pipeline.editing import Editor
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.uncoded import Uncoded
 from runtime.pipeline.wiring import EPS, KEPT, LATENT, wires
 from runtime.sampling import schedule, solvers
 from runtime.sampling.guidance import Guidance, guide
-from runtime.sampling.loop import Predictor, StepCallback, require_finite, sample
+from runtime.sampling.loop import Hold, Predictor, StepCallback, require_finite, sample
 from runtime.sampling.noise import NoiseStreams, refine
 from runtime.sampling.request import Request
 from runtime.sampling.solvers import Table
@@ -56,7 +57,10 @@ class Progress:
         return np.asarray(self._estimate(), np.float32)
 
     def decode(self, size: Size | None = None) -> NDArray[np.float32]:
-        """`x0` as images float32 `[B, c, h, w]` in [-1, 1], by default of the request's size."""
+        """`x0` as images float32 `[B, c, h, w]` in [-1, 1], by default of the request's size.
+
+        What an edit keeps of its picture is put back.
+        """
         return self._decode(self.x0, size)
 
 
@@ -122,6 +126,7 @@ class Diffuser:
     def __init__(self, engines: Engines, resampler: Resampler | Uncoded):
         self.engines, self.resampler = engines, resampler
         self.manifest = engines.manifest
+        self.editor = Editor(self.manifest.interface, resampler)
         self.schedule = self.manifest.schedule
         self.step_graph = self.manifest.step_graph
         self.kept = self.manifest.of_lifetime(*KEPT)
@@ -139,11 +144,13 @@ class Diffuser:
         self, requests: Sequence[Request], drawing: Iterable[str] = ()
     ) -> contextlib.AbstractContextManager[None]:
         """All graphs of requests, and those of `drawing`, opened while the block runs."""
-        exact = any(self.exact_steps(request.table(self.schedule)) for request in requests)
-        larger = [request.continue_at for request in requests if request.continue_at]
-        encoding = [graph for size in larger for graph in self.resampler.encoding(size)]
-        graphs = [self.step_graph, *self.kept, *encoding, *drawing]
-        return self.engines.opening(graphs, [self.step_graph] * exact)
+        tables = [request.table(self.schedule) for request in requests]
+        exact = any(len(table) and self.exact_steps(table) for table in tables)
+        step = [self.step_graph, *self.kept] if any(map(len, tables)) else []
+        encoded = [request.continue_at for request in requests if request.continue_at]
+        encoded += [request.latent for request in requests if request.begins_with_picture]
+        encoding = [graph for size in encoded for graph in self.resampler.encoding(size)]
+        return self.engines.opening([*step, *encoding, *drawing], [self.step_graph] * exact)
 
     def step_engines(self, table: Table) -> tuple[Engine, Engine]:
         """The engines of a step: of the first `exact_steps` and of all others; often one."""
@@ -164,9 +171,13 @@ class Diffuser:
         table, turn, larger = request.table(self.schedule), request.turn, request.continue_at
         with self.opening([request]):
             pass  # a damaged file shows before any work, not after it
-        told = self.telling(request, on_step)
-        guidance, streams = self.guidance(request, table), self.noise(request, request.latent)
-        x = self.sample(streams.draw(), streams, table, guidance, told, (0, turn))
+        told = self.telling(request, len(table), on_step)
+        streams = self.noise(request, request.latent)
+        x, hold = self.editor.begin(request, streams.draw(), table.alpha_bar)
+        if not len(table):
+            return x
+        guidance, part = self.guidance(request, table), (0, min(turn, len(table)))
+        x = self.sample(x, streams, table, guidance, told, part, hold)
         if larger is None:
             return x
         eps = self.predictor(guidance, request.latent, table)(x, turn)
@@ -174,19 +185,23 @@ class Diffuser:
         x = self.enlarge(x, eps, float(table.alpha_bar[turn]), streams.draw())
         return self.sample(x, streams, table, guidance, told, (turn, len(table)))
 
-    def telling(self, request: Request, on_step: OnStep | None) -> StepCallback | None:
+    def telling(self, request: Request, steps: int, on_step: OnStep | None) -> StepCallback | None:
         """What a loop calls after a step: tells `on_step`, and raises StoppedError on its word."""
         if on_step is None:
             return None
-        interface = self.manifest.interface
+
+        interface, kept = self.manifest.interface, cache(partial(self.editor.kept, request))
 
         def decode(x0: Array, size: Size | None) -> Array:
-            own = interface.image_size((x0.shape[2], x0.shape[3]))
-            return self.resampler.decode(x0, size or (request.image or own))
+            if size is None and request.image is None and request.init is None:
+                size = interface.image_size((x0.shape[2], x0.shape[3]))
+            images = self.resampler.decode(x0, size := size or request.drawn_size(interface))
+            own = kept(size)
+            return images if own is None else own.paste(images)
 
         def tell(step: int, estimate: Callable[[], Array]) -> None:
-            if on_step(Progress(step + 1, request.count, estimate, decode)) is True:
-                raise StoppedError(f"stopped after step {step + 1} of {request.count}")
+            if on_step(Progress(step + 1, steps, estimate, decode)) is True:
+                raise StoppedError(f"stopped after step {step + 1} of {steps}")
 
         return tell
 
@@ -198,10 +213,12 @@ class Diffuser:
         guidance: Guidance,
         on_step: StepCallback | None,
         part: tuple[int, int],
+        hold: Hold | None = None,
     ) -> NDArray[np.float32]:
         """`x` `[B, C, H, W]` after steps of a table, on the device where it can stay.
 
-        `part`: the first step and the one before which to stop.
+        `part`: the first step and the one before which to stop. For `hold` it comes back after
+        each.
         """
         size = (x.shape[2], x.shape[3])
 
@@ -211,17 +228,24 @@ class Diffuser:
         engines = self.step_engines(table)
         if not all(isinstance(engine, SamplingEngine) for engine in engines):
             predict = self.predictor(guidance, size, table)
-            return np.asarray(sample(predict, x, table, fresh, on_step, *part), np.float32)
+            made = sample(predict, x, table, fresh, on_step, *part, hold)
+            return np.asarray(made, np.float32)
         exact = self.exact_steps(table)
         inputs = self.inputs(guidance.conditions, size, table.alpha_bar)
         state = {LATENT: x} | {name: np.zeros_like(x) for name in (*HISTORY, "noise")}
-        kinds = groupby(range(*part), lambda step: (step >= exact, guidance.branches(step)))
-        for (later, branches), group in kinds:  # an engine and a number of conditions each
+
+        def kind(step: int) -> tuple[bool, tuple[int, ...], int]:
+            """An engine, some of the conditions, and where x comes back a step of its own."""
+            return step >= exact, guidance.branches(step), 0 if hold is None else step
+
+        for (later, branches, _), group in groupby(range(*part), kind):
             steps = list(group)
             engine = engines[later]
             assert isinstance(engine, SamplingEngine)
             updates = (self.update(inputs, table, guidance, fresh, step) for step in steps)
             state |= engine.sample({**state, **inputs.kept(branches)}, updates, on_step, steps[0])
+            if hold is not None:
+                state[LATENT] = hold(state[LATENT], steps[-1] + 1)
         return state[LATENT]
 
     def predictor(self, guidance: Guidance, latent: Size, table: Table) -> Predictor:

@@ -13,6 +13,7 @@ from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import Array, Manifest
 from runtime.bundle.state import DecodeState
 from runtime.errors import UsageError
+from runtime.images.pixels import resized
 from runtime.pipeline.tiles import Crop, Read, window_of, windows_of
 
 Pixels = NDArray[np.float32]
@@ -56,14 +57,7 @@ class Uncoded:
 
     def enlarge(self, x0: Array, size: Size) -> Array:
         """Pixels float32 `[B, c, H, W]` as ones of `size`, by Pillow's bicubic filter."""
-        from PIL import Image
-
-        height, width = size
-        maps = [
-            np.asarray(Image.fromarray(own).resize((width, height), Image.Resampling.BICUBIC))
-            for own in x0.astype(np.float32).reshape(-1, *x0.shape[2:])
-        ]
-        return np.stack(maps).reshape(*x0.shape[:2], height, width)
+        return resized(x0, size)
 
     def encode(self, pixels: Array, size: Size, memory: int | None = None) -> Pixels:
         """Pixels float32 `[B, c, *size]` as they are; raises UsageError for another size."""

@@ -12,6 +12,8 @@ from runtime.sampling.solvers import Table
 Predictor = Callable[[Any, int], Any]
 # Called after a step with its number, from 0, and what gives its estimate of x0, if it is wanted.
 StepCallback = Callable[[int, Callable[[], Any]], object]
+# hold(x, node): x with what an edit keeps put back, as it is at a node of the table.
+Hold = Callable[[Any, int], Any]
 
 
 def sample(
@@ -22,12 +24,14 @@ def sample(
     on_step: StepCallback | None = None,
     first: int = 0,
     last: int | None = None,
+    hold: Hold | None = None,
 ) -> Any:
     """`x` after the steps `first` … `last` - 1 of a table, all of them by default.
 
     `noise(step)` gives unit noise shaped as x and is asked only where a row adds some.
-    `on_step` is called after each step; what it raises ends the run. Of a part, the row of `first`
-    must take no history. Raises NumericalError where x leaves the finite numbers.
+    `on_step` is called after each step; what it raises ends the run. `hold` is, too, and gives the
+    x that the next step takes. Of a part, the row of `first` must take no history. Raises
+    NumericalError where x leaves the finite numbers.
     """
     before: list[Any] = []  # x0 of the last two evaluations, the latest first
     for step in range(first, len(table) if last is None else last):
@@ -43,6 +47,8 @@ def sample(
         if spread > 0 and noise is not None:
             x = x + noise(step) * spread
         require_finite(x, f"step {step + 1} of {len(table)}")
+        if hold is not None:
+            x = hold(x, step + 1)
         before = [x0, *before[:1]]
         if on_step is not None:
             on_step(step, estimate)

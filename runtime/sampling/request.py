@@ -1,11 +1,14 @@
 """What is to be drawn, and what of it can be checked without a bundle's files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
-from runtime.bundle.interface import Interface, ScheduleData, Size, check_size
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle.interface import LARGEST, Interface, ScheduleData, Size, check_size
 from runtime.errors import UsageError
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
@@ -15,6 +18,8 @@ from runtime.sampling.noise import COHERENT, KINDS, LARGEST_SEED
 from runtime.sampling.schedule import Schedule, log_snr, read
 
 MOST_STEPS = 10_000
+STRENGTH = 0.6  # of an edit where none is asked for; with a mask 1, since the rest is kept
+SEAM_SHARE = 16  # of a picture's shorter side: the width of its seam
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,13 @@ class Request:
     `continue_at` the steps from `continue_from` on (default: half of them) run at that larger
     latent, which takes one evaluation more. `image` defaults to the training ratio of the largest
     latent.
+
+    `init` is a picture to begin with, float32 `[1 or B, c, h, w]` in [-1, 1] of any size, with the
+    noise of t = `strength` (0 to 1, default STRENGTH): as many of the steps are made as are left
+    there, none at 0. `mask`, float32 `[1 or B, 1, h, w]` in [0, 1] of any size, is 1 where the
+    picture is drawn anew; where it is 0 its pixels stay as they are, with a transition of `seam`
+    pixels inside of what is drawn (default: 1 / SEAM_SHARE of the shorter side). `image` then
+    defaults to the picture's size.
     """
 
     labels: Sequence[Label]
@@ -46,10 +58,35 @@ class Request:
     solver: str = SOLVER
     spacing: str | None = None
     guidance_interval: tuple[float, float] = WHOLE
+    init: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    strength: float | None = None
+    mask: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    seam: int | None = None
+
+    @property
+    def noise_share(self) -> float:
+        """t of the noise that a run begins with: `strength`, or 1 where it begins with noise."""
+        if self.init is None:
+            return 1.0
+        default = STRENGTH if self.mask is None else 1.0
+        return default if self.strength is None else float(self.strength)
+
+    @property
+    def begins_with_picture(self) -> bool:
+        """Whether `init` has a part in the latents at all."""
+        return self.init is not None and (self.noise_share < 1 or self.mask is not None)
+
+    def drawn_size(self, interface: Interface) -> Size:
+        """The size of the images: `image`, that of `init`, or what the latent was trained for."""
+        if self.image is not None:
+            return self.image
+        if self.init is not None and interface.decoupled:
+            return self.init.shape[2], self.init.shape[3]
+        return interface.image_size(self.largest)
 
     @property
     def count(self) -> int:
-        """The number of evaluations."""
+        """The number of evaluations of a run that begins with noise alone."""
         return SOLVERS[self.solver].steps if self.steps is None else self.steps
 
     @property
@@ -76,7 +113,7 @@ class Request:
     def table(self, data: ScheduleData) -> solvers.Table:
         """The solver's table over a bundle's schedule, its history forgotten at `turn`."""
         given = (self.solver, self.schedule(data), self.count, self.spacing, self.eta)
-        return solvers.table(*given, restart=self.turn)
+        return solvers.table(*given, restart=self.turn, strength=self.noise_share)
 
     def guidance(self, table: solvers.Table, data: ScheduleData, interface: Interface) -> Guidance:
         """Conditions and their weights in each step of a table; raises UsageError."""
@@ -105,27 +142,31 @@ class Request:
             "guidance_scale": (self.guidance_scale, -100, 100),
             "eta": (self.eta, 0, 10),
             "seed": (self.seed, 0, LARGEST_SEED),
+            "strength": (self.noise_share, 0, 1),
+            "seam": (self.seam or 0, 0, LARGEST),
         }
         for name, (value, low, high) in limits.items():
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; expected {low} to {high}")
         Labels(interface.labels, interface.parts).of_images(self.labels)
         self.check_continuation()
+        self.check_edit()
 
     def check_types(self) -> None:
         """Raise UsageError where a value is of another type than its field."""
         for name in ("latent", "image", "continue_at"):
             if (size := getattr(self, name)) is not None or name == "latent":
                 check_size(name, size)
-        for name in ("steps", "seed", "first_index", "continue_from"):
+        for name in ("steps", "seed", "first_index", "continue_from", "seam"):
             value = getattr(self, name)
-            if value is None and name in ("steps", "continue_from"):
+            if value is None and name not in ("seed", "first_index"):
                 continue
             if not isinstance(value, Integral) or isinstance(value, bool):
                 raise _wrong_type(name, value, "a whole number")
-        for name in ("guidance_scale", "eta"):
-            if not isinstance(getattr(self, name), Real):
-                raise _wrong_type(name, getattr(self, name), "a number")
+        for name in ("guidance_scale", "eta", "strength"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) and not (value is None and name == "strength"):
+                raise _wrong_type(name, value, "a number")
         for name in ("solver", "spacing", "noise"):
             if not isinstance(getattr(self, name), str | None):
                 raise _wrong_type(name, getattr(self, name), "a name")
@@ -133,6 +174,18 @@ class Request:
         pair = isinstance(interval, Sequence) and len(interval) == 2
         if not pair or not all(isinstance(end, Real) for end in interval):
             raise _wrong_type("guidance_interval", interval, "two numbers, as in (0.2, 0.8)")
+
+    def check_edit(self) -> None:
+        """Raise UsageError for what is said of an edit where there is none."""
+        needs = {"strength": "init", "mask": "init", "seam": "mask"}
+        for name, needed in needs.items():
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise UsageError(f"{name} is given alone; expected {needed} with it")
+        if self.init is not None and self.continue_at is not None:
+            raise UsageError(
+                "continue_at is given with init; expected one of them: an edit has one latent. "
+                "For a larger one pass latent"
+            )
 
     def check_continuation(self) -> None:
         """Raise UsageError where steps at `latent` cannot go on at `continue_at`."""

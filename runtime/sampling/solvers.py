@@ -65,19 +65,51 @@ def table(
     spacing: str | None = None,
     eta: float = 0.0,
     restart: int = 0,
+    strength: float = 1.0,
 ) -> Table:
     """The table of a run of `steps` evaluations with a solver over a spacing of `choices`.
 
     `restart`: a step that takes no x0 of those before it, as where the latent's size changes.
+    `strength`: t of the noise that x begins with; 1 is noise alone, less an x that holds a picture,
+    from which as many evaluations are made as the whole run makes there.
     """
-    own = SOLVERS[solver]
+    order = SOLVERS[solver].order
     spacing = spacing or spacing_of(solver, schedule)
-    if own.order == 0 and spacing == "time":
-        nodes = schedule.alpha_bar(np.linspace(1.0, 0.0, steps + 1))
-    else:
-        nodes = np.append(GRIDS[spacing](schedule, steps), 1.0)
+    first, last = ends(schedule, steps)
+
+    def nodes(t: float, start: float, count: int) -> Floats:
+        if order == 0 and spacing == "time":
+            return schedule.alpha_bar(np.linspace(t, 0.0, count + 1))
+        return np.append(GRIDS[spacing](schedule, start, last, count), 1.0)
+
+    whole = nodes(1.0, first, steps)
     held = steps // 2 if steps < FEW else 1
-    return Table(nodes, np.array(rows(nodes, own.order, eta, restart, held, steps <= MANY)))
+    if strength == 1:
+        return _table(whole, order, eta, restart, held, steps <= MANY)
+    left = evaluations(schedule, whole, strength)
+    there = float(log_snr(schedule.alpha_bar(np.array(strength))))
+    own = nodes(strength, max(first, there), left)
+    return _table(own, order, eta, restart, max(1, held - steps + left))
+
+
+def evaluations(schedule: Schedule, nodes: Floats, strength: float) -> int:
+    """How many evaluations of a run over `nodes` [S + 1] are left at t = `strength`.
+
+    None at 0, else by the nearest node, and one at least.
+    """
+    if strength == 0:
+        return 0
+    steps = len(nodes) - 1
+    times = np.append(schedule.time(log_snr(nodes[:-1])), 0.0)
+    place = np.interp(strength, times[::-1], np.arange(steps, -1.0, -1.0))
+    return max(1, steps - round(float(place)))
+
+
+def _table(
+    nodes: Floats, order: int, eta: float, restart: int, held: int, noise: bool = False
+) -> Table:
+    found = rows(nodes, order, eta, restart, held, noise)
+    return Table(nodes, np.array(found, np.float64).reshape(-1, 7))
 
 
 def spacing_of(solver: str, schedule: Schedule) -> str:
@@ -180,22 +212,22 @@ def ends(schedule: Schedule, steps: int) -> tuple[float, float]:
     return max(2 * first, float(least)), float(last)
 
 
-def _time(schedule: Schedule, steps: int) -> Floats:
-    first = schedule.time(np.array(ends(schedule, steps)[0]))
-    return schedule.alpha_bar(np.linspace(first, 0.0, steps + 1)[:-1])
+def _time(schedule: Schedule, first: float, last: float, steps: int) -> Floats:
+    return schedule.alpha_bar(np.linspace(schedule.time(np.array(first)), 0.0, steps + 1)[:-1])
 
 
-def _logsnr(schedule: Schedule, steps: int) -> Floats:
-    return expit(np.linspace(*ends(schedule, steps), steps))
+def _logsnr(schedule: Schedule, first: float, last: float, steps: int) -> Floats:
+    return expit(np.linspace(first, last, steps))
 
 
-def _karras(schedule: Schedule, steps: int) -> Floats:
+def _karras(schedule: Schedule, first: float, last: float, steps: int) -> Floats:
     """Karras et al., "Elucidating the Design Space", eq. 5, with ρ = 7 and σ = e^(-log-SNR / 2)."""
-    first, last = (math.exp(-end / 2 / KARRAS_RHO) for end in ends(schedule, steps))
-    return expit(-2 * KARRAS_RHO * np.log(np.linspace(first, last, steps)))
+    most, least = (math.exp(-end / 2 / KARRAS_RHO) for end in (first, last))
+    return expit(-2 * KARRAS_RHO * np.log(np.linspace(most, least, steps)))
 
 
-GRIDS: dict[str, Callable[[Schedule, int], Floats]] = {
+# alpha_bar of so many evaluations; the log-SNR of the first and the last one say where.
+GRIDS: dict[str, Callable[[Schedule, float, float, int], Floats]] = {
     "time": _time,
     "logsnr": _logsnr,
     "karras": _karras,
