@@ -161,6 +161,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--expect-sha256", help="refuse a manifest of any other SHA-256")
 
 
+def add_ground(parser: argparse.ArgumentParser) -> None:
+    """What lies under the transparent pixels of a picture that is read."""
+    ground = "colour under transparent pixels, by name or #rrggbb (white)"
+    parser.add_argument("--ground", type=colour, help=ground)
+
+
 def add_image(parser: argparse.ArgumentParser, text: str) -> None:
     """The size of the image: --image, or --size as it was called before."""
     parser.add_argument("--image", type=size, metavar="HxW", help=text)
@@ -191,6 +197,8 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         help="what the process may hold, as in 500MB or 2GB: chooses the tiles (some 350MB more "
         "than the graphs take)",
     )
+    quality = "of a JPEG or WebP, 1 to 100; at 100 WebP loses nothing (90)"
+    parser.add_argument("--quality", type=number(1, 100, int), help=quality)
 
 
 def open_bundle(args: argparse.Namespace) -> "Bundle":
@@ -208,10 +216,12 @@ def open_bundle(args: argparse.Namespace) -> "Bundle":
     return open_bundle(args.engine, options, args.expect_sha256)
 
 
-def png_name(path: Path) -> Path:
-    """A path that --out may be; raises UsageError for one that names no PNG."""
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--out {path}: expected a name that ends in .png")
+def picture_name(path: Path) -> Path:
+    """A path that --out may be; raises UsageError for one that names no kind of picture."""
+    from runtime.images.formats import SUFFIXES
+
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"--out {path}: expected a name that ends in one of {' '.join(SUFFIXES)}")
     return path
 
 

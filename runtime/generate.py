@@ -3,16 +3,16 @@
 import argparse
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from runtime import cli
 from runtime.bundle.files import check_writable
+from runtime.edited import read_pictures, resolve_edit
 from runtime.errors import ArtefactError, UsageError
 from runtime.outputs import output_paths
-from runtime.recipe import MOST_IMAGES, label_to_json, read_recipe
+from runtime.recipe import MOST_IMAGES, label_to_json, made_in, repeated
 from runtime.render import Drawing
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SHEET_COLUMNS = 10
 log = logging.getLogger("runtime")
 PREVIEW_SIDE, PREVIEW_STEPS = 8, 6  # at most: the latent's shorter side, and the steps
-# What makes an image, with the defaults; a PNG's metadata holds the same keys.
+# What makes an image, with the defaults; its file's metadata holds the same keys.
 DEFAULTS: dict[str, Any] = {
     "label": None,
     "count": 1,
@@ -44,8 +44,14 @@ DEFAULTS: dict[str, Any] = {
     "noise": "coherent",
     "continue_at": None,
     "continue_from": None,
+    "init": None,
+    "mask": None,
+    "strength": None,
+    "seam": None,
+    "ground": None,
+    "quality": None,
 }
-BEFORE = {"solver": "ddim", "spacing": "time", "guidance_interval": WHOLE}
+FILES = ("init", "mask")  # of which a request holds the SHA-256
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,20 +83,28 @@ def parser() -> argparse.ArgumentParser:
     larger = "HxW of a larger latent, which takes the steps from --continue-from on"
     add("--continue-at", type=cli.size, help=larger)
     add("--continue-from", type=cli.number(1, 10_000, int), help="step number (half the steps)")
+    strength = "t of the noise: 0 is --init again, 1 what there is without (0.6; with --mask 1)"
+    add("--init", type=Path, help="a picture to begin with, at the noise of --strength")
+    add("--strength", type=cli.number(0, 1), help=strength)
+    add("--mask", type=Path, help="a picture of where --init is drawn anew: white; black is kept")
+    seam = "pixels in which kept and drawn pass over, within the white (1/16 of the shorter side)"
+    add("--seam", type=cli.number(0, cli.LARGEST_SIDE, int), help=seam)
+    add("--vary", type=cli.number(1, 10_000, int), metavar="N", help="draw N variants of --init")
+    cli.add_ground(p)
     few = f"first write OUT-preview.png: {PREVIEW_STEPS} steps with {PREVIEW_SIDE} cells a side"
     add("--preview", action="store_true", help=few)
     add("--state", type=Path, help="also keep what runtime.render draws from, as NAME.npz")
-    out = "one PNG of all, or one each, named as in 'digit-{index:03}-{label}-{seed}.png'"
+    out = "a PNG, JPEG or WebP of all, or one each, as in 'digit-{index:03}-{label}-{seed}.png'"
     add("--out", type=Path, default=Path("out.png"), help=out)
     add("--batch", type=cli.number(1, 4096, int), default=8, help="images drawn at once (8)")
-    add("--from-png", type=Path, help="repeat what made this PNG; other options override it")
+    add("--from-png", type=Path, help="repeat what made this picture; other options override it")
     cli.add_drawing_options(p)
     cli.add_engine_options(p)
     return p
 
 
 def request(args: argparse.Namespace) -> dict[str, Any]:
-    """The images asked for: options over a PNG's metadata over the defaults."""
+    """The images asked for: options over a picture's metadata over the defaults."""
     made = dict(DEFAULTS)
     if args.from_png is not None:
         from runtime.images.pixels import read_metadata
@@ -98,36 +112,12 @@ def request(args: argparse.Namespace) -> dict[str, Any]:
         metadata = read_metadata(args.from_png)
         made = repeated(args.from_png, metadata)
         args.precision = args.precision or made_in(args.from_png, metadata)
-    given = {key: getattr(args, key) for key in DEFAULTS}
+    if args.vary is not None:
+        if args.init is None or args.count is not None:
+            raise UsageError("--vary counts variants of a picture; expected --init, and no --count")
+        args.count = args.vary
+    given = {key: getattr(args, key) for key in DEFAULTS if key not in FILES}
     return made | {key: value for key, value in given.items() if value is not None}
-
-
-def repeated(png: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The request in a PNG's metadata; raises ArtefactError where it is not whole.
-
-    A PNG that names no solver was drawn before there was a choice: by DDIM.
-    """
-    made = metadata.get("request")
-    if isinstance(made, dict) and "solver" not in made:
-        made = BEFORE | made
-    try:
-        return read_recipe(made)
-    except msgspec.ValidationError as error:
-        raise ArtefactError(
-            f"{png}: its metadata holds no whole request ({error}); expected a PNG made by "
-            "runtime.generate, unaltered"
-        ) from None
-
-
-def made_in(png: Path, metadata: dict[str, Any]) -> str:
-    """The precision that a PNG was drawn in; raises ArtefactError where there is none such."""
-    precision = metadata.get("precision")
-    if precision not in cli.PRECISIONS:
-        raise ArtefactError(
-            f"{png}: its metadata names precision {precision!r}; expected one of "
-            f"{', '.join(cli.PRECISIONS)}. Choose one with --precision"
-        )
-    return str(precision)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -138,7 +128,8 @@ def generate(args: argparse.Namespace) -> None:
     bundle = cli.open_bundle(args)
     if args.from_png is not None:
         check_bundle(bundle, args.from_png)
-    resolve(bundle, wanted)
+    pictures = read_pictures(args, wanted, bundle.interface.color_channels)
+    resolve(bundle, wanted, pictures)
     images = len(wanted["label"]) * wanted["count"]
     if images > MOST_IMAGES:
         raise UsageError(f"{images} images are asked for; expected at most {MOST_IMAGES}")
@@ -146,7 +137,7 @@ def generate(args: argparse.Namespace) -> None:
     runs = [(wanted, args.out)]
     if args.preview:
         runs.insert(0, (preview(bundle, wanted), args.out.with_stem(f"{args.out.stem}-preview")))
-    requests = [Request(each, **settings(own)) for own, _ in runs]
+    requests = [Request(each, **settings(own), **pictures) for own, _ in runs]
     for asked in requests:
         bundle.check(asked, args.batch)
     drawings = [
@@ -157,13 +148,17 @@ def generate(args: argparse.Namespace) -> None:
             own["crop"],
             own["exact"],
             args.memory,
+            bundle.kept(asked, own["image"]),
         )
-        for own, _ in runs
+        for (own, _), asked in zip(runs, requests, strict=True)
     ]
     names = bundle.interface.labels
     paths = [output_paths(out, own, each, names) for own, out in runs]
+    for drawing, files in zip(drawings, paths, strict=True):
+        singles = len(files) == len(each)
+        drawing.check_file(files[0], *((1, 1) if singles else (len(each), columns(wanted))))
     if args.state is not None:
-        check_state(args.state)
+        check_state(args.state, wanted)
     if (warning := bundle.interface.warning(wanted["continue_at"] or wanted["latent"])) is not None:
         log.warning(warning)
     with bundle.opening(*requests):  # beside what else is to be loaded
@@ -171,14 +166,24 @@ def generate(args: argparse.Namespace) -> None:
     for drawing in drawings:
         drawing.check()
     for (own, _), drawing, files in zip(runs, drawings, paths, strict=True):
-        latents = draw(drawing, own, each, files, args.batch)
+        latents = draw(drawing, own, pictures, each, files, args.batch)
     if args.state is not None:
         bundle.state(latents, describe(bundle, wanted)).save(args.state)
 
 
 def settings(wanted: dict[str, Any]) -> dict[str, Any]:
     """The part of a request that all its images share, as `Request` names it."""
-    own = ("label", "count", "crop", "exact", "guidance", "first_index")
+    own = (
+        "label",
+        "count",
+        "crop",
+        "exact",
+        "guidance",
+        "first_index",
+        "ground",
+        "quality",
+        *FILES,
+    )
     shared = {name: value for name, value in wanted.items() if name not in own}
     return shared | {"guidance_scale": wanted["guidance"]}
 
@@ -201,6 +206,8 @@ def preview(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
         )
     size = {"latent": small, "image": image, "continue_at": None, "continue_from": None}
     size["crop"] = None
+    if wanted["seam"]:
+        size["seam"] = -(-wanted["seam"] * min(image) // min(wanted["image"]))
     few = {"solver": SOLVER, "spacing": default_spacing(bundle, SOLVER, small)}
     return wanted | size | few | {"steps": min(PREVIEW_STEPS, wanted["steps"])}
 
@@ -219,8 +226,13 @@ def shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def check_state(path: Path) -> None:
+def check_state(path: Path, wanted: dict[str, Any]) -> None:
     """Raise UsageError or ResourceError where no state can be written."""
+    if wanted["mask"] is not None:
+        raise UsageError(
+            "--state keeps latents, in which there are no pixels that --mask could keep; expected "
+            "one of them"
+        )
     if path.suffix.lower() != ".npz":
         raise UsageError(f"--state {path}: expected a name that ends in .npz")
     check_writable(path)
@@ -243,19 +255,17 @@ def checkpoint_of(bundle: "Bundle") -> str | None:
     return None if source is None else source.sha256
 
 
-def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
-    """Fill in what the bundle decides, and the numbers of labels that are named."""
+def resolve(bundle: "Bundle", wanted: dict[str, Any], pictures: dict[str, Any]) -> None:
+    """Fill in what the bundle and a picture decide, and the numbers of labels that are named."""
     from runtime.sampling.labels import Labels
 
     interface = bundle.interface
     if wanted["label"] is None:
-        wanted["label"] = [*interface.first_part] or [None]
+        wanted["label"] = ([] if pictures else [*interface.first_part]) or [None]
     elif isinstance(wanted["label"], str):
         known = Labels(interface.labels, interface.parts)
         wanted["label"] = known.listed(wanted["label"])
-    wanted["latent"] = wanted["latent"] or bundle.interface.default_latent
-    largest = wanted["continue_at"] or wanted["latent"]
-    wanted["image"] = wanted["image"] or bundle.interface.image_size(largest)
+    resolve_edit(bundle, wanted, pictures)
     solver = SOLVERS[wanted["solver"]]
     wanted["spacing"] = wanted["spacing"] or default_spacing(
         bundle, wanted["solver"], wanted["latent"]
@@ -268,6 +278,7 @@ def resolve(bundle: "Bundle", wanted: dict[str, Any]) -> None:
 def draw(
     drawing: Drawing,
     wanted: dict[str, Any],
+    pictures: dict[str, Any],
     each: "list[Label]",
     paths: list[Path],
     batch: int,
@@ -283,7 +294,8 @@ def draw(
 
     bundle = drawing.bundle
     latents: list[Any] = []  # [1, C, H, W] of each image
-    total = -(-len(each) // batch) * wanted["steps"]
+    one = Request(each[:1], **settings(wanted), **pictures)
+    total = -(-len(each) // batch) * len(one.table(bundle.manifest.schedule))
     with Bar(total=total, desc="generate", unit="step") as bar:
 
         def on_step(progress: "Progress") -> bool:
@@ -293,7 +305,7 @@ def draw(
         for start in range(0, len(each), batch):
             own = each[start : start + batch]
             index = wanted["first_index"] + start
-            part = Request(own, **settings(wanted), first_index=index)
+            part = replace(one, labels=own, first_index=index)
             with cli.patient():
                 made = bundle.diffuse(part, on_step)
             latents += np.split(made, len(made))
@@ -301,13 +313,17 @@ def draw(
                 single = {"label": [own[offset]], "count": 1, "first_index": index + offset}
                 metadata = describe(bundle, wanted | single)
                 image = drawn(drawing, latents[start + offset])
-                drawing.save(paths[start + offset], [image], 1, metadata)
+                drawing.save(paths[start + offset], [image], 1, metadata, wanted["quality"])
     if len(paths) < len(each):
-        columns = wanted["count"] if 1 < wanted["count"] <= 2 * SHEET_COLUMNS else SHEET_COLUMNS
-        images = [drawn(drawing, latent) for latent in latents]
-        drawing.save(paths[0], images, columns, describe(bundle, wanted))
+        images, metadata = [drawn(drawing, latent) for latent in latents], describe(bundle, wanted)
+        drawing.save(paths[0], images, columns(wanted), metadata, wanted["quality"])
     print(f"{paths[0]}" + (f" … {paths[-1]}" if len(paths) > 1 else ""))
     return np.concatenate(latents)
+
+
+def columns(wanted: dict[str, Any]) -> int:
+    """How many images a row of the sheet has: those of a label, if they are several and fit."""
+    return wanted["count"] if 1 < wanted["count"] <= 2 * SHEET_COLUMNS else SHEET_COLUMNS
 
 
 def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
@@ -316,7 +332,7 @@ def drawn(drawing: Drawing, latent: Any) -> "Iterator[Rows]":
 
 
 def describe(bundle: "Bundle", wanted: dict[str, Any]) -> dict[str, Any]:
-    """A PNG's metadata: all that is needed to make it again."""
+    """A picture's metadata: all that is needed to make it again."""
     return {
         "request": wanted | {"label": [*map(label_to_json, wanted["label"])]},
         "model": bundle.interface.name,

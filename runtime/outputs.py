@@ -52,7 +52,7 @@ def output_paths(
     if len(set(paths)) < len(paths):
         raise UsageError(f"--out {out}: images would overwrite each other; add {{index}} to it")
     for path in paths:
-        check_writable(cli.png_name(path))
+        check_writable(cli.picture_name(path))
     return paths
 
 

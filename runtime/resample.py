@@ -25,9 +25,8 @@ def parser() -> argparse.ArgumentParser:
     cli.add_image(p, "HxW of the result")
     latent = "HxW of the latent (the training ratio of the smaller of both, within the memory)"
     p.add_argument("--latent", type=cli.size, help=latent)
-    ground = "colour under transparent pixels, by name or #rrggbb (white)"
-    p.add_argument("--ground", type=cli.colour, default=(255, 255, 255), help=ground)
-    p.add_argument("--out", type=Path, help="PNG to write (beside the input, with its new size)")
+    p.add_argument("--out", type=Path, help="file to write (a PNG beside the input, with its size)")
+    cli.add_ground(p)
     cli.add_drawing_options(p)
     cli.add_engine_options(p)
     return p
@@ -35,22 +34,26 @@ def parser() -> argparse.ArgumentParser:
 
 def resample(args: argparse.Namespace) -> None:
     """Encode the image by tiles, decode it by tiles at the new size into the file."""
-    from runtime.images.picture import ImageFile
+    from runtime.images.picture import WHITE, ImageFile
 
     height, width = cli.wanted_image(args)
-    out = cli.png_name(args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png"))
+    out = cli.picture_name(
+        args.out or args.input.with_name(f"{args.input.stem}-{height}x{width}.png")
+    )
     check_writable(out)
     bundle = cli.open_bundle(args)
     bundle.check_resample(args.image)
-    with ImageFile(args.input, bundle.interface.color_channels, args.ground) as image:
+    ground = args.ground or WHITE
+    with ImageFile(args.input, bundle.interface.color_channels, ground) as image:
         size = latent_size(bundle, image, args)
         drawing = Drawing(bundle, size, args.image, args.crop, bool(args.exact), args.memory)
+        drawing.check_file(out)
         drawing.check()
         latent = encoded(bundle, image, size, args.memory)
         if image.notes:
             log.warning("%s: %s", args.input, "; ".join(image.notes))
     metadata = {"model": bundle.interface.name, "resampled": args.input.name}
-    drawing.save(out, [drawing.bands(bundle.state(latent))], 1, metadata)
+    drawing.save(out, [drawing.bands(bundle.state(latent))], 1, metadata, args.quality)
     print(out)
 
 

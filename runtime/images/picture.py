@@ -3,6 +3,8 @@
 What a reading loses is said in `ImageFile.notes`: colour, transparency, depth, size.
 """
 
+import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 GREY, DEEP = ("1", "L"), ("I;16", "I;16L", "I;16B", "I;16N")
 COLOURED = ("RGB", "RGBX", "CMYK", "YCbCr", "HSV", "P")
 CLEAR = ("LA", "La", "RGBA", "RGBa", "PA")  # with an alpha channel
-GROUND = "white"
+WHITE = (255, 255, 255)
 MOST_HELD = 100_000_000  # pixels of a picture that cannot be read by rows
 
 
@@ -33,16 +35,27 @@ class ImageFile:
 
     A PNG of 8 bits, grey or RGB without transparency, is read row by row and never held whole, nor
     is a `.npy` file (uint8 `[h, w, c]`); what Pillow reads is held as bytes. Windows come from the
-    top down. `ground`: RGB in 0 to 255, what lies under transparent pixels.
+    top down. `ground`: RGB in 0 to 255, what lies under transparent pixels. `data`: the bytes of
+    the picture, where they are no file; `path` then names it in errors.
     """
 
-    def __init__(self, path: Path, channels: int, ground: tuple[int, int, int] = (255, 255, 255)):
+    def __init__(
+        self,
+        path: Path,
+        channels: int,
+        ground: tuple[int, int, int] = WHITE,
+        data: bytes | None = None,
+    ):
         """Raises UsageError where images cannot have `channels`, ArtefactError for a bad file."""
         if channels not in (1, 3):
             raise UsageError(f"the model has {channels} colour channels; image files have 1 or 3")
         self.path, self.channels, self.ground = path, channels, ground
         self.notes: list[str] = []
-        self._file = open_file(path, "an image", "Give the path of an image file")
+        self._file = (
+            open_file(path, "an image", "Give the path of an image file")
+            if data is None
+            else io.BytesIO(data)
+        )
         self._rows = open_rows(path, self._file)
         self._top = 0  # of the band, which is all of an image that is not read by rows
         self._band: Rows | None = None
@@ -51,7 +64,7 @@ class ImageFile:
             self.size: Size = self._rows.size
             self._band = self._rows.read(0)
         elif path.suffix == ".npy":
-            self._band = _mapped(path)
+            self._band = _mapped(path, data)
             self.size = self._band.shape[0], self._band.shape[1]
         else:
             self._picture = self._opened()
@@ -93,6 +106,18 @@ class ImageFile:
         own = recoloured(band[:, left : left + width], self.channels).astype(np.float32)
         return np.ascontiguousarray(np.moveaxis(own, -1, 0)[None] / np.float32(127.5) - 1)
 
+    def whole(self) -> NDArray[np.float32]:
+        """All pixels `[1, c, h, w]`; raises ArtefactError for more than MOST_HELD."""
+        if math.prod(self.size) > MOST_HELD:
+            raise self._too_large(self.size, "a picture that is held whole. Make it smaller")
+        return self(0, 0, *self.size)
+
+    def _too_large(self, size: Size, what: str) -> ArtefactError:
+        height, width = size
+        return ArtefactError(
+            f"{self.path}: {height}x{width} pixels; expected at most {MOST_HELD} of {what}"
+        )
+
     def _opened(self) -> "Image":
         """The picture's header, read and judged."""
         from PIL import Image
@@ -102,10 +127,8 @@ class ImageFile:
             frames = getattr(picture, "n_frames", 1)
         width, height = picture.size
         if width * height > MOST_HELD or max(width, height) > LARGEST:
-            raise ArtefactError(
-                f"{self.path}: {height}x{width} pixels; expected at most {MOST_HELD} of a file "
-                "that is not read by rows. Make it smaller, or an 8-bit PNG without transparency"
-            )
+            rest = "Make it smaller, or an 8-bit PNG without transparency"
+            raise self._too_large((height, width), f"a file that is not read by rows. {rest}")
         # A phone's MPO is a photograph, and what comes after it is made of it.
         if frames > 1 and picture.format != "MPO":
             raise ArtefactError(
@@ -183,9 +206,13 @@ def recoloured(rows: Rows, channels: int) -> Rows:
     return ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
 
 
-def _mapped(path: Path) -> Rows:
+def _mapped(path: Path, data: bytes | None) -> Rows:
     try:
-        array: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: Rows = (
+            np.load(path, mmap_mode="r", allow_pickle=False)
+            if data is None
+            else np.load(io.BytesIO(data), allow_pickle=False)
+        )
     except (OSError, ValueError, EOFError) as error:
         raise ArtefactError(f"{path}: cannot be read as an array ({error})") from None
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or not array.size:

@@ -1,4 +1,4 @@
-"""Images: [-1, 1] arrays ↔ PNG files with metadata, and contact sheets."""
+"""Images: [-1, 1] arrays ↔ files with metadata, and contact sheets."""
 
 import io
 import json
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from runtime.bundle.files import atomic_write, open_file
 from runtime.errors import ArtefactError
-from runtime.images.png import PngWriter, Rows, read_text, write_beside
+from runtime.images import formats
+from runtime.images.png import PngWriter, Rows
 
-METADATA_KEY = "r2"
 SHEET_GAP = 2  # pixels between the images of a contact sheet
 SHEET_GROUND = 64  # their grey
 
@@ -92,25 +92,31 @@ def png_bytes(image: Rows) -> bytes:
 
 
 def save_rows(
-    path: Path, bands: Iterable[Rows], shape: tuple[int, ...], metadata: dict[str, Any]
-) -> None:
-    """Write an image `[h, w, c]` that comes in bands `[n, w, c]`; see `save_png`."""
-    height, width, channels = shape
+    path: Path,
+    bands: Iterable[Rows],
+    shape: tuple[int, ...],
+    metadata: dict[str, Any],
+    quality: int | None = None,
+) -> bool:
+    """Write an image `[h, w, c]` that comes in bands `[n, w, c]`, as its name's end says.
+
+    See `formats.write` for `quality`, and for what is given back.
+    """
     with atomic_write(path) as file:
-        png = PngWriter(file, height, width, channels, {METADATA_KEY: json.dumps(metadata)})
-        write_beside(png, bands)
+        return formats.write(file, path.suffix, bands, shape, json.dumps(metadata), quality)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `save_png` was given; raises ArtefactError for a PNG without it."""
+    """What `save_rows` was given; raises ArtefactError for a picture without it."""
     with open_file(path, "an image", "Give the path of an image file") as file:
-        text = read_text(path, file, METADATA_KEY)
+        text = formats.text_of(path, file)
     try:
         metadata = msgspec.json.decode(text) if text is not None else None
     except (msgspec.DecodeError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise ArtefactError(
-            f"{path}: holds no {METADATA_KEY!r} metadata; expected a PNG made by runtime.generate"
+            f"{path}: holds no {formats.METADATA_KEY!r} metadata; expected a picture made by "
+            "runtime.generate"
         )
     return metadata

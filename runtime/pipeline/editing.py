@@ -21,7 +21,7 @@ from runtime.images.pixels import resized
 from runtime.pipeline.resampler import Resampler
 from runtime.pipeline.uncoded import Uncoded
 from runtime.sampling.loop import Hold
-from runtime.sampling.request import SEAM_SHARE, Request
+from runtime.sampling.request import Request
 
 Floats = NDArray[np.float32]
 
@@ -100,8 +100,7 @@ class Editor:
         if request.init is None or request.mask is None:
             return None
         own = request.drawn_size(self.interface)
-        seam = min(own) // SEAM_SHARE if request.seam is None else request.seam
-        radius = -(-seam * size[0] // own[0] // 2)
+        radius = -(-request.seam_width(own) * size[0] // own[0] // 2)
         mask = resized(request.mask, size, box=True)
         return Kept(fitted(request.init, size), softened(mask, radius))
 

@@ -84,6 +84,10 @@ class Request:
             return self.init.shape[2], self.init.shape[3]
         return interface.image_size(self.largest)
 
+    def seam_width(self, size: Size) -> int:
+        """The pixels of the seam in images of the size that `seam` is of."""
+        return min(size) // SEAM_SHARE if self.seam is None else self.seam
+
     @property
     def count(self) -> int:
         """The number of evaluations of a run that begins with noise alone."""

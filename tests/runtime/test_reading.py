@@ -23,9 +23,9 @@ from runtime.bundle.files import read_bytes, sha256
 from runtime.bundle.manifest import read_manifest
 from runtime.bundle.state import DecodeState
 from runtime.errors import ArtefactError, ToolkitError
-from runtime.generate import repeated
 from runtime.images.idx import read_idx
 from runtime.images.pixels import read_metadata, save_png
+from runtime.recipe import repeated
 from tests.conftest import Command
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="no pipes and devices as files")
