@@ -153,8 +153,8 @@ class Request:
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; expected {low} to {high}")
         Labels(interface.labels, interface.parts).of_images(self.labels)
-        self.check_continuation()
         self.check_edit()
+        self.check_continuation()
 
     def check_types(self) -> None:
         """Raise UsageError where a value is of another type than its field."""
