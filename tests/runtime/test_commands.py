@@ -84,7 +84,7 @@ def test_a_preview_is_written_first_and_is_a_request_of_its_own(
         (("--guidance", "nan"), "expected a number from -100 to 100"),
         (("--steps", "0"), "expected an integer"),
         (("--seed=-1",), "expected an integer"),
-        (("--out", "picture.jpg"), "ends in .png"),
+        (("--out", "picture.gif"), "ends in one of .png .jpg .jpeg .webp"),
         (("--provider", "abacus"), "invalid choice"),
         (("--precision", "fp16"), "no graphs in fp16; found fp32. Make them with"),
     ],

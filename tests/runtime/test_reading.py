@@ -232,6 +232,12 @@ WRONG: dict[str, tuple[object, ...]] = {
     "crop": ([1, 2, 3],),
     "exact": (3,),
     "steps": (0,),
+    "strength": (1.1, "1"),
+    "init": ("f" * 63, "../photo.png", 7),
+    "mask": ("f" * 64,),  # without the picture that it is of
+    "seam": (-1, 0.5),
+    "ground": ([0, 0], [0, 0, 256]),
+    "quality": (0, 101),
 }
 
 
@@ -301,12 +307,15 @@ def damaged(whole: bytes, turn: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["manifest.json", "a.npz", "a", "a.gz", "a.png"])
+@pytest.mark.parametrize(
+    "kind", ["manifest.json", "a.npz", "a", "a.gz", "a.png", "a.jpg", "a.webp"]
+)
 def test_random_damage_ends_in_an_error_of_ours_or_none(
     kind: str, state: bytes, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / kind
-    save_png(tmp_path / "whole.png", np.zeros((2, 2, 1), np.uint8), {"request": RECIPE})
+    for end in ("png", "jpg", "webp"):
+        save_png(tmp_path / f"whole.{end}", np.zeros((2, 2, 1), np.uint8), {"request": RECIPE})
     plain = idx((3, 4), bytes(12))
     kinds: dict[str, tuple[bytes, Callable[[], object]]] = {
         "manifest.json": (
@@ -316,10 +325,12 @@ def test_random_damage_ends_in_an_error_of_ours_or_none(
         "a.npz": (state, lambda: DecodeState.load(path)),
         "a": (plain, lambda: read_idx(path)),
         "a.gz": (gzip.compress(plain), lambda: read_idx(tmp_path / "a")),
-        "a.png": (
-            (tmp_path / "whole.png").read_bytes(),
+    } | {
+        f"a.{end}": (
+            (tmp_path / f"whole.{end}").read_bytes(),
             lambda: repeated(path, read_metadata(path)),
-        ),
+        )
+        for end in ("png", "jpg", "webp")
     }
     (whole, read), refused, began = kinds[kind], 0, time.monotonic()
     for turn in range(150):

@@ -225,3 +225,46 @@ def test_a_nan_stops_the_loop_and_names_the_step(bad: float) -> None:
 
     with pytest.raises(NumericalError, match="step 4 of 9"):
         sample(predict, np.ones((1, 2)), solvers.table("ddim", COSINE, 9))
+
+
+@given(SCHEDULES, st.integers(1, 60), SOLVERS, st.none() | SPACINGS, st.floats(1e-3, 0.999))
+def test_a_run_begins_at_the_noise_of_its_strength(
+    own: Schedule, steps: int, solver: str, spacing: str | None, strength: float
+) -> None:
+    """Or where the whole run begins, if that is less; with the evaluations that are left there."""
+    whole = solvers.table(solver, own, steps, spacing)
+    table = solvers.table(solver, own, steps, spacing, strength=strength)
+    there = float(own.alpha_bar(np.array(strength)))
+    assert table.alpha_bar[0] == pytest.approx(max(there, whole.alpha_bar[0]), rel=1e-9)
+    left = int((whole.alpha_bar[:-1] >= there).sum())
+    assert 1 <= len(table) <= steps and abs(len(table) - left) <= 1
+    assert (np.diff(table.alpha_bar) > 0).all() and table.alpha_bar[-1] == whole.alpha_bar[-1]
+    assert not table.rows[0, 4:6].any()  # of order 1: there is no x0 before it
+    assert table.rows.shape == (len(table), 7) and np.isfinite(table.rows).all()
+
+
+@pytest.mark.parametrize("solver", [*choices.SOLVERS])
+def test_strength_has_ends(solver: str) -> None:
+    whole = solvers.table(solver, COSINE, 12, eta=0.3)
+    same = solvers.table(solver, COSINE, 12, eta=0.3, strength=1)
+    np.testing.assert_array_equal(same.rows, whole.rows)
+    none = solvers.table(solver, COSINE, 12, strength=0)
+    assert len(none) == 0 and none.alpha_bar.tolist() == [whole.alpha_bar[-1]]
+    assert not none.has_history
+    lengths = [len(solvers.table(solver, COSINE, 12, strength=s)) for s in (0.1, 0.3, 0.6, 0.9)]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1] < 12
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.9])
+def test_solvers_follow_the_flow_from_a_noised_picture(strength: float) -> None:
+    """From x at the noise of a strength, more evaluations and higher orders come nearer to it."""
+    start = np.linspace(-1.5, 2.5, 9)
+
+    def error(solver: str, steps: int) -> float:
+        table = solvers.table(solver, COSINE, steps, strength=strength)
+        x = sample(gaussian(table), start, table)
+        return float(np.abs(x - flow(start, float(table.alpha_bar[0]), 1.0)).max())
+
+    for solver in ("ddim", "dpm++2m", "dpm++3m"):
+        assert error(solver, 60) < error(solver, 12) < 0.2
+    assert error("dpm++3m", 24) < error("ddim", 24) / 2

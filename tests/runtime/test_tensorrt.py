@@ -115,6 +115,29 @@ def test_plans_draw_what_graphs_draw(
     assert opened(bundle).engines.open("r2id").provider == "tensorrt_rtx"
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpm++3m"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_plans_edit_as_graphs_do(bundle: Path, library: Library, solver: str, masked: bool) -> None:
+    """With a mask the latent comes back after every step, else it stays on the device."""
+    init = np.random.default_rng(0).uniform(-1, 1, (1, 1, 24, 40)).astype(np.float32)
+    mask = np.zeros((1, 1, 3, 5), np.float32)
+    mask[..., 3:] = 1
+    request: dict[str, Any] = {"labels": [3, None], "latent": (3, 5), "steps": 8, "eta": 0.5}
+    request |= {"solver": solver, "init": init, "strength": 0.8, "image": (24, 40)}
+    request |= {"mask": mask} if masked else {}
+    plans, graphs = opened(bundle), open_bundle(bundle, EngineOptions(threads=1))
+    plans.generate(**request)  # so that all is loaded
+    library.cuda.copies.clear()
+    steps: list[Progress] = []
+    found = plans.generate(**request, on_step=steps.append)
+    wanted = graphs.generate(**request)
+    assert relative_error(found.latents, wanted.latents) < 1e-5
+    np.testing.assert_allclose(found.images, wanted.images, rtol=1e-4, atol=1e-4)
+    assert 4 <= len(steps) == steps[0].steps < 8
+    back = library.cuda.copies.count(("device→host", found.latents.nbytes))
+    assert back == 3 * (len(steps) if masked else 1)
+
+
 def test_the_latent_stays_on_the_device(bundle: Path, library: Library) -> None:
     """Up once, back once; between steps only what changes goes up and 4 bytes come back."""
     pipeline = opened(bundle)
