@@ -22,4 +22,5 @@ def test_the_examples_of_the_guide_run_in_turn(
         exec(compile(block, "docs/python.md", "exec"), names)
     shapes = {name: np.shape(names[name]) for name in ("eps", "corner", "pixels")}
     assert shapes == {"eps": (1, 4, 8, 8), "corner": (1, 64, 64), "pixels": (3, 1, 48, 27)}
+    assert names["same"] and names["filled"].images.shape == (4, 1, 64, 64)
     assert str(names.get("made", "")).startswith("Generated")

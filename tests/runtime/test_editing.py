@@ -92,8 +92,8 @@ def test_each_image_may_have_a_picture_of_its_own(bundle: Bundle) -> None:
     options["image"] = bundle.interface.image_size((6, 9))
     both = bundle.generate([0, 1], init=init, mask=mask, **options)
     for index in range(2):
-        own = {"init": init[[index]], "mask": mask[[index]], "first_index": index}
-        alone = bundle.generate([index], **own, **options)
+        own = {"init": init[[index]], "mask": mask[[index]], "first_index": index, **options}
+        alone = bundle.generate([index], **own)
         np.testing.assert_allclose(alone.images[0], both.images[index], atol=2e-5)
 
 
@@ -222,7 +222,7 @@ def test_edits_that_cannot_be_are_refused(
     assert not fresh.engines.opened
 
 
-def test_a_picture_is_encoded_once(tiny_bundle: Path) -> None:
+def test_a_picture_is_encoded_once(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = open_bundle(tiny_bundle)
     runs: list[int] = []
     encode = bundle.resampler.encode
@@ -231,7 +231,7 @@ def test_a_picture_is_encoded_once(tiny_bundle: Path) -> None:
         runs.append(1)
         return encode(*given)
 
-    bundle.resampler.encode = counting  # type: ignore[method-assign]
+    monkeypatch.setattr(bundle.resampler, "encode", counting)
     init = picture(bundle, 16, 16)
     for seed in range(3):
         bundle.generate([0], init=init, steps=2, strength=0.5, seed=seed)
