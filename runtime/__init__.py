@@ -9,7 +9,8 @@ Sizes are (height, width); B images, K conditions, C latent channels, c colours.
 
 - `open_bundle(engine, options, expect_sha256)` -> `Bundle`.
 - `Bundle.generate(labels, latent, image, ...)` -> `Generated`: `images` float32 `[B, c, h, w]` in
-  [-1, 1] and `latents` float32 `[B, C, H, W]`; shows itself in a notebook.
+  [-1, 1] and `latents` float32 `[B, C, H, W]`; shows itself in a notebook. With `init`, `strength`
+  and `mask` it edits a picture.
 - `Bundle.encode(pixels, size)`, `decode(latent, size, crop)` and `resample(pixels, size)` take
   images to latents, back, and to another size: float32 `[B, c, h, w]` and `[B, C, H, W]`.
 - `Bundle.state(latent)` keeps what `render(state, size, crop, index=i)` draws any size from.

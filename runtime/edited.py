@@ -75,7 +75,7 @@ def resolve_edit(bundle: "Bundle", wanted: dict[str, Any], pictures: dict[str, A
     wanted["image"] = request.drawn_size(bundle.interface)
     if request.init is None:
         return
-    wanted["strength"] = request.noise_share
+    wanted["strength"] = request.start_time
     own = request.init.shape[2:]
     if request.mask is not None:
         wanted["seam"] = request.seam_width(wanted["image"])

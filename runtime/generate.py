@@ -173,18 +173,9 @@ def generate(args: argparse.Namespace) -> None:
 
 def settings(wanted: dict[str, Any]) -> dict[str, Any]:
     """The part of a request that all its images share, as `Request` names it."""
-    own = (
-        "label",
-        "count",
-        "crop",
-        "exact",
-        "guidance",
-        "first_index",
-        "ground",
-        "quality",
-        *FILES,
-    )
-    shared = {name: value for name, value in wanted.items() if name not in own}
+    own = ("label", "count", "crop", "exact", "guidance", "first_index")
+    files = (*FILES, "ground", "quality")
+    shared = {name: value for name, value in wanted.items() if name not in own + files}
     return shared | {"guidance_scale": wanted["guidance"]}
 
 

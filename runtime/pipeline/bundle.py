@@ -121,7 +121,8 @@ class Bundle:
         gets a `Progress` after each step, and stops the run by returning True. Raises UsageError
         before any engine is opened, StoppedError, NumericalError naming the step.
         """
-        request = Request(labels, latent or self.default_latent(options.get("init")), **options)
+        own = self.default_latent(options.get("init")) if latent is None else latent
+        request = Request(labels, own, **options)
         self.check(request)
         size = request.drawn_size(self.interface)
         with self.opening(request):

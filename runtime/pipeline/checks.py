@@ -6,7 +6,8 @@ import numpy as np
 
 from runtime.bundle.interface import Interface, Size
 from runtime.errors import UsageError
-from runtime.pipeline.diffuser import Diffuser, distinct
+from runtime.pipeline.diffuser import Diffuser
+from runtime.pipeline.inputs import distinct
 from runtime.sampling.request import Request
 
 LARGEST_PIXEL = 8.0  # far above what a model overshoots [-1, 1] by, far below 255

@@ -68,7 +68,7 @@ class Editor:
 
     def __init__(self, interface: Interface, resampler: Resampler | Uncoded):
         self.interface, self.resampler = interface, resampler
-        self._last: tuple[bytes, Size, Floats] | None = None  # replaced whole: no lock
+        self._last: tuple[tuple[object, ...], Floats] | None = None  # replaced whole: no lock
 
     def begin(
         self, request: Request, noise: Floats, alpha_bar: NDArray[np.float64]
@@ -79,20 +79,20 @@ class Editor:
         mask = np.ones((1, 1, 1, 1), np.float32) if request.mask is None else request.mask
         drawn = resized(mask, request.latent, box=True) > 0
         held = Held(self.encoded(request), noise, drawn, alpha_bar)
-        x = held(noise, 0) if request.noise_share == 1 else held.at(0)
+        x = held(noise, 0) if request.start_time == 1 else held.at(0)
         return x, None if request.mask is None else held
 
     def encoded(self, request: Request) -> Floats:
         """The latents `[1 or B, C, H, W]` of a request's picture; computed once for several."""
         assert request.init is not None
         pixels = np.ascontiguousarray(request.init)
-        key = hashlib.sha256(pixels.data).digest()
+        key = hashlib.sha256(pixels.data).digest(), pixels.shape, request.latent
         last = self._last
-        if last is not None and last[:2] == (key, request.latent):
-            return last[2]
+        if last is not None and last[0] == key:
+            return last[1]
         fitting = pixels if self.interface.decoupled else fitted(pixels, request.latent)
         made = self.resampler.encode(fitting, request.latent)
-        self._last = key, request.latent, made
+        self._last = key, made
         return made
 
     def kept(self, request: Request, size: Size) -> Kept | None:

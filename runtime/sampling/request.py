@@ -64,7 +64,7 @@ class Request:
     seam: int | None = None
 
     @property
-    def noise_share(self) -> float:
+    def start_time(self) -> float:
         """t of the noise that a run begins with: `strength`, or 1 where it begins with noise."""
         if self.init is None:
             return 1.0
@@ -74,7 +74,7 @@ class Request:
     @property
     def begins_with_picture(self) -> bool:
         """Whether `init` has a part in the latents at all."""
-        return self.init is not None and (self.noise_share < 1 or self.mask is not None)
+        return self.init is not None and (self.start_time < 1 or self.mask is not None)
 
     def drawn_size(self, interface: Interface) -> Size:
         """The size of the images: `image`, that of `init`, or what the latent was trained for."""
@@ -117,7 +117,7 @@ class Request:
     def table(self, data: ScheduleData) -> solvers.Table:
         """The solver's table over a bundle's schedule, its history forgotten at `turn`."""
         given = (self.solver, self.schedule(data), self.count, self.spacing, self.eta)
-        return solvers.table(*given, restart=self.turn, strength=self.noise_share)
+        return solvers.table(*given, restart=self.turn, strength=self.start_time)
 
     def guidance(self, table: solvers.Table, data: ScheduleData, interface: Interface) -> Guidance:
         """Conditions and their weights in each step of a table; raises UsageError."""
@@ -146,7 +146,7 @@ class Request:
             "guidance_scale": (self.guidance_scale, -100, 100),
             "eta": (self.eta, 0, 10),
             "seed": (self.seed, 0, LARGEST_SEED),
-            "strength": (self.noise_share, 0, 1),
+            "strength": (self.start_time, 0, 1),
             "seam": (self.seam or 0, 0, LARGEST),
         }
         for name, (value, low, high) in limits.items():

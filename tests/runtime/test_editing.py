@@ -232,13 +232,15 @@ def test_a_picture_is_encoded_once(tiny_bundle: Path, monkeypatch: pytest.Monkey
         return encode(*given)
 
     monkeypatch.setattr(bundle.resampler, "encode", counting)
-    init = picture(bundle, 16, 16)
+    init = picture(bundle, 16, 24)
     for seed in range(3):
         bundle.generate([0], init=init, steps=2, strength=0.5, seed=seed)
     assert len(runs) == 1
+    lying = init.reshape(1, 1, 24, 16)  # the same bytes
+    bundle.generate([0], init=lying, latent=(8, 8), steps=2, strength=0.5)
     init[0, 0, 0, 0] += 0.1
-    bundle.generate([0], init=init, steps=2, strength=0.5)
-    assert len(runs) == 2
+    bundle.generate([0], init=init, latent=(8, 8), steps=2, strength=0.5)
+    assert len(runs) == 3
 
 
 # On the command line.
