@@ -18,6 +18,7 @@ from reference.families.parts.training import (
     times,
     widened,
 )
+from runtime.errors import UsageError
 from runtime.sampling.schedule import COSINE
 
 KEYS = frozenset(
@@ -49,6 +50,12 @@ class AxialTask(Task):
         models.condition.requires_grad_(config["train_condition"])
         self.config, self.model = config, Trained(denoiser, models.condition)
         self.fold = denoiser.fold
+        for _, *size in config["size"]:
+            if len(size) != 2 or any(side < 1 or side % self.fold for side in size):
+                raise UsageError(
+                    f"[{self.family}] size has {size}; expected rows of a share of the steps, a "
+                    f"height and a width, both multiples of {self.fold}"
+                )
         self.labels, self.pad, self.parts = models.config.labels, images.pad, images.parts
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
