@@ -1,10 +1,15 @@
 # Two commands do everything on a fresh machine: `make generate` and `make test`.
 PYTHON ?= python3
 CONFIG ?= mnist
+FAMILY ?= r2
 DATA ?= data/mnist
 CHECKPOINT ?= reference/weights/mnist.safetensors
 TARGETS ?= sm120,sm89,sm86,sm80
 BIN := .venv/bin
+# Families that diffuse pixels: weights, bundle and configuration bear the family's name, R2's "mnist".
+PIXELS := siid s2id hdit sid2
+MODEL := $(if $(filter r2,$(FAMILY)),mnist,$(FAMILY))
+SHIPPED := $(patsubst reference/weights/%.safetensors,%,$(wildcard reference/weights/*.safetensors))
 TORCH := torch==2.13.0
 # What each lock is made of; tests/test_locks.py reads these lines.
 EXTRAS_draw := export
@@ -15,7 +20,7 @@ GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench gpu dist test lint lock clean
+.PHONY: help generate export plans calibrate train evaluate bench families gpu dist test lint lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,6 +57,17 @@ endef
 build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
+$(PIXELS:%=build/%/manifest.json): build/%/manifest.json: reference/weights/%.safetensors .venv/.draw \
+		$(shell find export reference -name '*.py')
+	$(BIN)/python -m export --checkpoint $< --out build/$*
+
+reference/weights/%.safetensors:
+	@echo "$@: not shipped; expected FAMILY to be one of $(SHIPPED:mnist=r2). Train it with:" \
+		"make train CONFIG=$*, then copy runs/$*/checkpoint.safetensors there" >&2; exit 2
+
+build/%/manifest.json:
+	@echo "FAMILY=$*: no such family; expected one of r2 $(PIXELS)" >&2; exit 2
+
 # A stamp, since the command adds to a manifest that the plans add to as well.
 build/mnist/.half: build/mnist/r2id.onnx $(wildcard calibration/*.py)
 	$(BIN)/python -m calibration.half build/mnist
@@ -64,10 +80,10 @@ build/mnist/r2id.onnx: build/mnist/manifest.json
 build/tiny/manifest.json: .venv/.draw tests/tiny.py $(shell find export reference -name '*.py')
 	$(BIN)/python -m tests.tiny build/tiny
 
-generate: build/mnist/manifest.json ## first picture: environment, export, a sheet of digits
-	@echo "== digits.png: 80 digits of 50 steps"
-	$(BIN)/python -m runtime.generate --engine build/mnist/r2id.onnx --label 0-9 --count 8 \
-		--image 64x64 --out digits.png
+generate: build/$(MODEL)/manifest.json ## first picture: environment, export, a sheet of digits of FAMILY
+	@echo "== digits.png: 80 digits by $(FAMILY)"
+	$(BIN)/python -m runtime.generate --engine build/$(MODEL) --label 0-9 --count 8 \
+		$(if $(filter r2,$(FAMILY)),--image 64x64) --out digits.png
 
 export: plans ## the shipped checkpoint as ONNX graphs in fp32, fp16 and bf16, and as plans, in build/mnist
 
@@ -89,6 +105,9 @@ evaluate: .venv/.full build/mnist/manifest.json ## what a checkpoint is worth: e
 
 bench: .venv/.full ## a step of ours beside PyTorch and plain exports: table, JSON, pictures in build/bench
 	$(BIN)/python -m benchmarks.compare
+
+families: .venv/.full $(SHIPPED:%=build/%/manifest.json) ## all shipped models side by side, at ten sizes, in build/families
+	$(BIN)/python -m benchmarks.families --data $(DATA)
 
 # Where pip cannot make the environment, with the packages at hand; what is missing is said by name.
 gpu: ## all that a GPU can settle, in 8 minutes: tests, then steps beside PyTorch, in build/gpu

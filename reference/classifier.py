@@ -93,10 +93,23 @@ def middle(images: Tensor) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def features(classifier: Classifier, images: Tensor) -> Tensor:
-    """The hidden layer `[B, 128]` at the middle of each image `[B, 1 or 3, h, w]`."""
+def framed(images: Tensor, side: int = IMAGE_SIDE) -> Tensor:
+    """The middle of images `[B, 1, h, w]` at `side` × `side`, ground around it to `IMAGE_SIDE`.
+
+    A pixel is the mean of what it covers of a larger image. `side` is smaller where a model has
+    learnt digits without all of their margin.
+    """
+    square = middle(images)
+    smaller = square.shape[-1] > side
+    square = F.interpolate(square, (side, side), mode="area" if smaller else "bilinear")
+    before, after = (IMAGE_SIDE - side) // 2, (IMAGE_SIDE - side + 1) // 2
+    return F.pad(square, (before, after, before, after), value=-1.0)
+
+
+def features(classifier: Classifier, images: Tensor, side: int = IMAGE_SIDE) -> Tensor:
+    """The hidden layer `[B, 128]` at the `framed` middle of each image `[B, 1 or 3, h, w]`."""
     grey = in_grey(images) if images.shape[1] == 3 else images
-    square = F.interpolate(middle(grey), (IMAGE_SIDE, IMAGE_SIDE), mode="bilinear")
+    square = framed(grey, side)
     return torch.cat([classifier.layers[:-1](part) for part in square.split(AT_ONCE)])
 
 
@@ -106,12 +119,12 @@ def logits_of(classifier: Classifier, found: Tensor) -> Tensor:
     return logits
 
 
-def read(classifier: Classifier, images: Tensor) -> Tensor:
+def read(classifier: Classifier, images: Tensor, side: int = IMAGE_SIDE) -> Tensor:
     """The label that the classifier reads in the middle of each image."""
-    return logits_of(classifier, features(classifier, images)).argmax(1)
+    return logits_of(classifier, features(classifier, images, side)).argmax(1)
 
 
 def accuracy(classifier: Classifier, test: Images) -> float:
     """Share of the test images that the classifier reads right."""
-    square = fit(test.pixels, IMAGE_SIDE, IMAGE_SIDE, test.pad)
-    return (read(classifier, square) == test.labels).float().mean().item()
+    square = fit(test.pixels, test.side, test.side, test.pad)
+    return (read(classifier, square, test.side) == test.labels).float().mean().item()

@@ -66,12 +66,17 @@ class Images:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def side(self) -> int:
+        """Pixels along a side of the images, which are square."""
+        return self.pixels.shape[-1]
+
     def cropped(self, side: int) -> "Images":
         """The middle `side` × `side` of each image; raises UsageError for a larger side."""
-        margin, odd = divmod(self.pixels.shape[-1] - side, 2)
+        margin, odd = divmod(self.side - side, 2)
         if margin < 0 or odd:
             raise UsageError(
-                f"image = {side} of a data set of {self.pixels.shape[-1]} pixels a side; expected "
+                f"image = {side} of a data set of {self.side} pixels a side; expected "
                 "as many or fewer, by an even number"
             )
         middle = slice(margin, margin + side)

@@ -7,8 +7,9 @@ the models by themselves (reconstruction, eps over t, decodes of one latent at m
 the way) and how much alike the digits of one seed are at different sizes.
 
 With --bundle the digits are drawn by the graphs exported from the checkpoint: what users run, and
-faster on a CPU; it also measures what it costs to change the latent's size on the way. Stopped and
-started again with the same options, it goes on after what the report holds. --quick measures
+faster on a CPU; it also measures what it costs to change the latent's size on the way. A model that
+diffuses pixels needs one, for its schedule, and parts that need a resampler are left out. Stopped
+and started again with the same options, it goes on after what the report holds. --quick measures
 less of everything, into `quick.json`; --only one part, into a file of its name.
 """
 
@@ -30,9 +31,10 @@ from reference.evaluation.digits import Size
 from reference.evaluation.drawing import Drawing, GraphDrawing, Sampling, TorchDrawing
 from reference.evaluation.extent import FULL, QUICK, SQUARE, Extent
 from reference.evaluation.judging import Judge, balanced, judged, trained_on
-from reference.evaluation.likeness import CONTINUED, continued, same_picture
+from reference.evaluation.likeness import continued, same_picture
 from reference.evaluation.report import print_report
 from reference.evaluation.sheets import Sheets, save_chart
+from reference.provenance import picture_side
 from runtime import cli
 from runtime.bundle.files import Measures
 from runtime.bundle.folders import make_folder
@@ -65,7 +67,10 @@ class Evaluation:
     @property
     def itself(self) -> TorchDrawing:
         """Drawing by the models themselves, whose estimates on the way can be seen."""
-        return TorchDrawing(self.loaded.models, self.draw.sampling, self.test.parts)
+        given = self.loaded.models, self.draw.sampling, self.test.parts
+        if isinstance(self.draw, GraphDrawing):
+            return TorchDrawing(*given, self.draw.pipeline.manifest.schedule)
+        return TorchDrawing(*given)
 
     def reconstruction(self) -> None:
         """What R2IR loses, per latent size."""
@@ -78,7 +83,7 @@ class Evaluation:
         """The denoiser's loss over t."""
         images = min(self.extent.images, curves.SCRAPE_IMAGES)
         for size in self.extent.scraped:
-            scrape = partial(curves.eps_over_t, self.loaded.models, self.test, size, images)
+            scrape = partial(curves.eps_over_t, self.itself, self.test, size, images)
             self.report.take("eps_mse_over_t", size_name(size), scrape)
         labels = ("t (0 clean, 1 noise)", "eps MSE")
         self._chart("eps-over-t", "eps_mse_over_t", labels, "y")
@@ -125,7 +130,7 @@ class Evaluation:
         """What can be read in x0 on the way."""
         sizes, digits = self.extent.stopped
         for size in sizes:
-            stop = partial(curves.early_stop, self.itself, self.classifier, size, digits)
+            stop = partial(curves.early_stop, self.itself, self.judge, size, digits)
             self.report.take("early_stop", size_name(size), stop)
         self._chart("early-stop", "early_stop", ("evaluations", "share read right in x0"))
 
@@ -133,11 +138,11 @@ class Evaluation:
         """One seed at several sizes, by either kind of noise and with a change of size."""
         sizes, digits = self.extent.alike, self.extent.alike_digits
         for kind in KINDS:
-            alike = partial(same_picture, self.draw, self.classifier, kind, sizes, digits)
+            alike = partial(same_picture, self.draw, self.judge, kind, sizes, digits)
             self.report.take("same_picture", kind, alike)
         if isinstance(self.draw, GraphDrawing):
-            names = " then ".join(map(size_name, CONTINUED))
-            cost = partial(continued, self.draw, self.classifier, digits)
+            names = " then ".join(map(size_name, self.extent.continued))
+            cost = partial(continued, self.draw, self.judge, self.extent.continued, digits)
             self.report.take("continued", names, cost)
 
     def sheets(self) -> None:
@@ -148,10 +153,11 @@ class Evaluation:
         for image in self.extent.decoded:
             name = f"{size_name(SQUARE)} as {size_name(image)}"
             self.report.take("sheets", name, partial(sheets.digits, SQUARE, image))
-        self.report.take("sheets", "one seed", sheets.seeds)
-        self.report.take("sheets", "latent channels", sheets.channels)
-        again = partial(sheets.reconstructions, self.loaded.models)
-        self.report.take("sheets", "reconstructions", again)
+        self.report.take("sheets", "one seed", partial(sheets.seeds, self.extent.seeds))
+        if self.draw.decoupled:
+            self.report.take("sheets", "latent channels", sheets.channels)
+            again = partial(sheets.reconstructions, self.loaded.models)
+            self.report.take("sheets", "reconstructions", again)
 
     def _chart(
         self,
@@ -179,14 +185,17 @@ PARTS: dict[str, Callable[[Evaluation], None]] = {
 }
 
 
+RESAMPLED = ("reconstruction", "scale")  # parts that need a resampler
+
+
 def real_digits(args: argparse.Namespace, loaded: Checkpoint) -> tuple[Images, Images]:
     """Training and test digits, painted where a checkpoint draws colours; UsageError for others."""
     config = loaded.models.config
-    load = load_mnist if config.r2ir.color_channels == 1 else load_painted_mnist
+    load = load_mnist if config.channels == 1 else load_painted_mnist
     train, test = load(args.data), load(args.data, "t10k")
-    if config.condition.labels != len(train.names):
+    if config.labels != len(train.names):
         raise UsageError(
-            f"{args.checkpoint}: draws {config.condition.labels} labels; expected the "
+            f"{args.checkpoint}: draws {config.labels} labels; expected the "
             f"{len(train.names)} of MNIST's digits, which is what can be judged"
         )
     return train, test
@@ -196,7 +205,14 @@ def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]
     """By the bundle of --bundle or by the models; UsageError for a bundle of another checkpoint."""
     sampling = Sampling(args.solver, args.steps, args.guidance, args.guidance_interval)
     if args.bundle is None:
-        return TorchDrawing(loaded.models, sampling, parts)
+        draw = TorchDrawing(loaded.models, sampling, parts)
+        if not draw.decoupled:
+            raise UsageError(
+                f"{args.checkpoint}: {loaded.family.name} diffuses pixels over a schedule that its "
+                "bundle's manifest describes; pass --bundle. Make one with: python -m export "
+                f"--checkpoint {args.checkpoint} --out build/{loaded.family.name}"
+            )
+        return draw
     graphs = open_bundle(args.bundle, EngineOptions(args.provider, precision=args.precision))
     source = graphs.manifest.checkpoint
     found = None if source is None else source.sha256
@@ -208,9 +224,11 @@ def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]
     return GraphDrawing(graphs, sampling, parts)
 
 
-def extent(args: argparse.Namespace) -> Extent:
+def extent(args: argparse.Namespace, draw: Drawing) -> Extent:
     """What the options ask for."""
     found = QUICK if args.quick else FULL
+    if isinstance(draw, GraphDrawing) and not draw.decoupled:
+        found = found.in_pixels(draw.pipeline.interface)
     if args.images is not None:
         found = replace(found, images=args.images)
     if args.digits is not None:
@@ -220,13 +238,32 @@ def extent(args: argparse.Namespace) -> Extent:
     return found
 
 
+def parts_of(args: argparse.Namespace, draw: Drawing) -> list[str]:
+    """The parts to measure, those left out named with the reason; UsageError for such an --only."""
+    parts = [args.only] if args.only else [*PARTS]
+    if not isinstance(draw, GraphDrawing) or draw.decoupled:
+        return parts
+    why = draw.pipeline.interface.why_coupled
+    left = [part for part in parts if part not in RESAMPLED]
+    if not left:
+        raise UsageError(
+            f"--only {args.only}: {why}; expected one of {[p for p in PARTS if p not in RESAMPLED]}"
+        )
+    if not args.only:
+        print(f"left out: {', '.join(RESAMPLED)} ({why})")
+    return left
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """Measure and draw what was asked for, the report growing with each part."""
-    loaded, own = checkpoint.load(args.checkpoint), extent(args)
+    loaded = checkpoint.load(args.checkpoint)
     train, test = real_digits(args, loaded)
     draw = drawing(args, loaded, train.parts)
+    own, parts = extent(args, draw), parts_of(args, draw)
     make_folder(args.out)
     classifier = trained_classifier(train, args.classifier or args.out / "classifier.safetensors")
+    side = min(picture_side(loaded.provenance) or train.side, train.side)
+    train, test = train.cropped(side), test.cropped(side)
     graphs = f"graphs in {args.precision} on {args.provider}"
     settings = {
         "checkpoint": loaded.sha256,
@@ -243,7 +280,7 @@ def evaluate(args: argparse.Namespace) -> None:
     report = Measures(args.out / f"{name}.json", settings)
     evaluation = Evaluation(loaded, draw, own, train, test, classifier, report, args.out)
     with torch.inference_mode():
-        for part in [args.only] if args.only else PARTS:
+        for part in parts:
             PARTS[part](evaluation)
     print_report(report.found)
     print(f"\nreport and pictures: {args.out}")

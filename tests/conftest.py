@@ -75,6 +75,16 @@ def quantized_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@pytest.fixture(scope="session", params=("siid", "s2id", "hdit", "sid2"))
+def pixel_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bundle of each family that diffuses pixels, exported once."""
+    out = tmp_path_factory.mktemp("families") / str(request.param)
+    line = [sys.executable, "-m", "tests.tiny", str(out), f"tiny-{request.param}"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 @pytest.fixture
 def own_quantized(quantized_bundle: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may damage."""

@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.classifier import IMAGE_SIDE, SEED, Classifier, read
+from reference.classifier import IMAGE_SIDE, SEED
 from reference.data import Images
 from reference.evaluation.digits import Size, conditions, digit_of, labels_of, shown
-from reference.evaluation.drawing import TorchDrawing, batches
+from reference.evaluation.drawing import TorchDrawing, batches, shape
+from reference.evaluation.judging import Judge
 from reference.evaluation.measures import psnr, reduced, ssim
 from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
 from runtime.progress import Bar
-from runtime.sampling.schedule import COSINE
+from runtime.sampling.schedule import read as read_schedule
 
 SCRAPE_POINTS = 20
 SCRAPE_IMAGES = 500  # at most
@@ -37,21 +38,25 @@ def reconstruction(models: R2Models, test: Images, size: Size, limit: int) -> fl
     return total / limit
 
 
-def eps_over_t(models: R2Models, test: Images, size: Size, limit: int) -> Curve:
+def eps_over_t(draw: TorchDrawing, test: Images, size: Size, limit: int) -> Curve:
     """eps MSE over t at latent `size`, under the null and under the true condition."""
     generator = torch.Generator().manual_seed(SEED)
-    latent = models.r2ir.encode(shown(test, slice(limit), canvas(size, IMAGE_SIDE)), size)
-    own = conditions(labels_of(test, slice(limit)), models.config.condition.labels)
-    text = models.condition(torch.stack([torch.zeros_like(own), own]))
+    latent = draw.encode(test, slice(limit), size)
+    own = conditions(labels_of(test, slice(limit)), draw.models.config.labels)
+    both, schedule = torch.stack([torch.zeros_like(own), own]), read_schedule(draw.schedule, size)
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: Curve = {"t": times, "null": [], "label": []}
     for t in Bar(times, desc=f"eps over t {size_name(size)}", unit="t"):
-        a = float(COSINE.alpha_bar(np.array(t)))
+        alpha_bar = schedule.alpha_bar(np.array([t]))
+        a = float(alpha_bar[0])
         eps = torch.randn(latent.shape, generator=generator)
         noisy = a**0.5 * latent + (1 - a) ** 0.5 * eps
-        null, label = models.r2id(noisy, torch.full((limit,), a), text)
-        found["null"].append(F.mse_loss(null, eps).item())
-        found["label"].append(F.mse_loss(label, eps).item())
+        errors = torch.zeros(2)
+        for part in batches(limit, size):
+            predicted = draw.models.denoiser(both[:, part], alpha_bar)(noisy[part], 0)
+            errors += (predicted - eps[part]).square().mean((2, 3, 4)).sum(1) / limit
+        found["null"].append(errors[0].item())
+        found["label"].append(errors[1].item())
     return found
 
 
@@ -74,14 +79,14 @@ def scale_consistency(
     return found
 
 
-def early_stop(draw: TorchDrawing, classifier: Classifier, size: Size, digits: int) -> Curve:
+def early_stop(draw: TorchDrawing, judge: Judge, size: Size, digits: int) -> Curve:
     """The share of digits read right in the estimate of x0 of each evaluation, decoded."""
     labels = draw.labels(digits)
     right = torch.zeros(draw.sampling.count)
 
     def on_estimate(step: int, part: slice, x0: Tensor) -> None:
-        images = draw.decode(x0, canvas(size, IMAGE_SIDE))
-        right[step] += (read(classifier, images) == digit_of(labels[part])).sum()
+        images = draw.decode(x0, shape(draw, size))
+        right[step] += (judge.read(images) == digit_of(labels[part])).sum()
 
     draw(labels, size, on_estimate=on_estimate)
     shares = (right / digits).tolist()

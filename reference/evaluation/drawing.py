@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from reference.classifier import IMAGE_SIDE, SEED
-from reference.evaluation.digits import DIGITS, Size, asked, conditions
+from reference.data import Images
+from reference.evaluation.digits import DIGITS, Size, asked, conditions, shown
 from reference.families.r2.model import R2Models
 from reference.families.r2.training import canvas
-from runtime.bundle.interface import size_name
+from runtime.bundle.interface import CosineData, ScheduleData, size_name
 from runtime.pipeline.bundle import Bundle
 from runtime.progress import Bar
 from runtime.sampling.choices import SOLVER, SOLVERS, WHOLE
 from runtime.sampling.guidance import guide
 from runtime.sampling.loop import sample
 from runtime.sampling.noise import COHERENT, NoiseStreams
-from runtime.sampling.schedule import COSINE, log_snr
+from runtime.sampling.schedule import Schedule, log_snr, read
 from runtime.sampling.solvers import Table, table
 
 TOKENS_AT_ONCE = 4000
@@ -30,7 +31,7 @@ OnStep = Callable[[int, Tensor], object]
 
 def batches(count: int, size: Size) -> list[slice]:
     """Slices whose tokens at a latent size fit in a processor's cache."""
-    step = max(10, TOKENS_AT_ONCE // (size[0] * size[1]))
+    step = max(1, TOKENS_AT_ONCE // (size[0] * size[1]))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
@@ -56,13 +57,13 @@ class Sampling:
         """The number of evaluations."""
         return self.steps or SOLVERS[self.solver].steps
 
-    def table(self) -> Table:
+    def table(self, schedule: Schedule) -> Table:
         """What PyTorch models are sampled by."""
-        return table(self.solver, COSINE, self.count)
+        return table(self.solver, schedule, self.count)
 
-    def scales(self, table: Table, scale: float) -> list[float]:
+    def scales(self, table: Table, schedule: Schedule, scale: float) -> list[float]:
         """The guidance scale of each step of a table: `scale` within the interval, else 1."""
-        (low, high), times = self.guidance_interval, COSINE.time(log_snr(table.alpha_bar[:-1]))
+        (low, high), times = self.guidance_interval, schedule.time(log_snr(table.alpha_bar[:-1]))
         return [scale if low <= t <= high else 1.0 for t in times]
 
 
@@ -72,6 +73,10 @@ class Drawing(Protocol):
     @property
     def sampling(self) -> Sampling:
         """How it draws by default."""
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether what is diffused is decoded to an image of any size; else it is the image."""
 
     def labels(self, count: int) -> Tensor:
         """Labels of `count` digits to be asked for; see `reference.evaluation.digits`."""
@@ -84,13 +89,16 @@ class Drawing(Protocol):
         guidance_scale: float | None = None,
         noise: str = COHERENT,
     ) -> Drawn:
-        """One digit per label, image i from noise i of `SEED`.
-
-        `image` is by default of the latent's aspect, its shorter side `IMAGE_SIDE`.
-        """
+        """One digit per label, image i from noise i of `SEED`; `image` by default as `shape`."""
 
     def decode(self, latents: Tensor, image: Size) -> Tensor:
         """Latents `[B, C, H, W]` -> images `[B, c, *image]`."""
+
+
+def shape(draw: Drawing, latent: Size) -> Size:
+    """The size of the images that are judged: of the latent's aspect, the shorter side
+    `IMAGE_SIDE`; where pixels are diffused, the latent's own."""
+    return canvas(latent, IMAGE_SIDE) if draw.decoupled else latent
 
 
 def in_batches(
@@ -119,6 +127,10 @@ class GraphDrawing:
     sampling: Sampling = field(default_factory=Sampling)
     parts: tuple[int, ...] = (DIGITS,)
 
+    @property
+    def decoupled(self) -> bool:
+        return self.pipeline.interface.decoupled
+
     def labels(self, count: int) -> Tensor:
         return asked(count, self.parts)
 
@@ -140,7 +152,7 @@ class GraphDrawing:
                 [*map(tuple, labels[part].view(part.stop - part.start, -1).tolist())],
                 latent,
                 on_step,
-                image=image or canvas(latent, IMAGE_SIDE),
+                image=image or shape(self, latent),
                 solver=own.solver,
                 steps=own.count,
                 guidance_scale=scale,
@@ -160,11 +172,16 @@ class GraphDrawing:
 
 @dataclass(frozen=True)
 class TorchDrawing:
-    """Draws with the models themselves, on their device."""
+    """Draws with the models themselves, on their device, over the schedule of their bundle."""
 
-    models: R2Models
+    models: Any
     sampling: Sampling = field(default_factory=Sampling)
     parts: tuple[int, ...] = (DIGITS,)
+    schedule: ScheduleData = field(default_factory=CosineData)
+
+    @property
+    def decoupled(self) -> bool:
+        return isinstance(self.models, R2Models)
 
     def labels(self, count: int) -> Tensor:
         return asked(count, self.parts)
@@ -190,12 +207,21 @@ class TorchDrawing:
                     on_estimate(step, part, x0)
 
             x0 = self._sample(labels, part, latent, scale, noise, each)
-            return Drawn(self.decode(x0, image or canvas(latent, IMAGE_SIDE)), x0.cpu())
+            return Drawn(self.decode(x0, image or shape(self, latent)), x0.cpu())
 
         return in_batches(draw, len(labels), latent, own.count, f" at guidance {scale:g}")
 
     @torch.inference_mode()
+    def encode(self, images: Images, chosen: Tensor | slice, latent: Size) -> Tensor:
+        """What is diffused of real digits at a latent's size and aspect, `[N, C, *latent]`."""
+        pixels = shown(images, chosen, shape(self, latent))
+        pixels = pixels.to(next(self.models.parameters()).device)
+        return self.models.r2ir.encode(pixels, latent) if self.decoupled else pixels
+
+    @torch.inference_mode()
     def decode(self, latents: Tensor, image: Size) -> Tensor:
+        if not self.decoupled:
+            return latents.clamp(-1, 1).cpu()
         device = next(self.models.parameters()).device
         return self.models.r2ir.decode(latents.to(device), image).cpu()
 
@@ -204,11 +230,12 @@ class TorchDrawing:
     ) -> Tensor:
         """The latents of `labels[part]` at a latent size; `each(step, x0)` is called per step."""
         models, device = self.models, next(self.models.parameters()).device
-        own = conditions(labels[part], models.config.condition.labels).to(device)
-        table = self.sampling.table()
+        own = conditions(labels[part], models.config.labels).to(device)
+        schedule = read(self.schedule, size)
+        table = self.sampling.table(schedule)
         both = models.denoiser(torch.stack([torch.zeros_like(own), own]), table.alpha_bar)
         alone = models.denoiser(own.unsqueeze(0), table.alpha_bar)
-        scales = self.sampling.scales(table, scale)
+        scales = self.sampling.scales(table, schedule, scale)
 
         def predict(x: Tensor, step: int) -> Tensor:
             g = scales[step]
@@ -217,7 +244,8 @@ class TorchDrawing:
             each(step, p * x + q * eps)
             return eps
 
-        shape = (models.config.r2id.latent_channels, *size)
-        streams = NoiseStreams(SEED, range(part.start, part.stop), shape, noise)
+        config = models.config
+        channels = config.r2id.latent_channels if self.decoupled else config.channels
+        streams = NoiseStreams(SEED, range(part.start, part.stop), (channels, *size), noise)
         found: Tensor = sample(predict, torch.from_numpy(streams.draw()).to(device), table)
         return found

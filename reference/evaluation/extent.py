@@ -1,16 +1,21 @@
 """How much an evaluation measures: all of it, or what a few minutes allow."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reference.evaluation.digits import Size
+from runtime.bundle.interface import Interface
 
+LATENT_SIDE = 8  # of the default latent that sizes are chosen around
 SQUARE: Size = (10, 10)  # latents that are decoded to other aspects
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Counts, and latent sizes in the order of the report."""
+    """Counts, and latent sizes in the order of the report.
+
+    Sizes are those of a model whose default latent has `LATENT_SIDE` cells a side.
+    """
 
     images: int  # of the test set
     digits: int  # per row
@@ -24,7 +29,36 @@ class Extent:
     stopped: tuple[Sequence[Size], int]  # x0 on the way: digits per size
     alike: Sequence[Size]  # the first is what the others are compared with
     alike_digits: int
+    continued: tuple[Size, Size]  # steps at the first, then at the second
     sheets: Sequence[Size]
+    seeds: Sequence[Size] = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16))  # of one seed's sheet
+
+    def in_pixels(self, interface: Interface) -> "Extent":
+        """The same for a model that diffuses pixels: sizes around its own, the nearest legal ones.
+
+        What needs an image of another size than the latent is left out.
+        """
+        times, sides = min(interface.default_latent) / LATENT_SIDE, interface.latent_sides
+
+        def own(size: Size) -> Size:
+            return sides.nearest(round(size[0] * times)), sides.nearest(round(size[1] * times))
+
+        def each(sizes: Sequence[Size]) -> tuple[Size, ...]:
+            return tuple(dict.fromkeys(map(own, sizes)))
+
+        return replace(
+            self,
+            sizes=each(self.sizes),
+            unguided=each(self.unguided),
+            decoded=(),
+            reconstructed=(),
+            scraped=each(self.scraped),
+            stopped=(each(self.stopped[0]), self.stopped[1]),
+            alike=each(self.alike),
+            continued=(own(self.continued[0]), own(self.continued[1])),
+            sheets=each(self.sheets),
+            seeds=each(self.seeds),
+        )
 
 
 SIZES = (
@@ -44,6 +78,7 @@ FULL = Extent(
     stopped=(((8, 8), (16, 16)), 200),
     alike=((8, 8), (6, 6), (12, 12), (16, 16), (9, 16)),
     alike_digits=100,
+    continued=((8, 8), (16, 16)),
     sheets=SIZES,
 )
 QUICK = Extent(
@@ -59,5 +94,6 @@ QUICK = Extent(
     stopped=(((8, 8),), 50),
     alike=((8, 8), (12, 12)),
     alike_digits=20,
+    continued=((8, 8), (16, 16)),
     sheets=((8, 8), (16, 9)),
 )

@@ -27,24 +27,38 @@ Judgement = dict[str, float]
 
 
 def balanced(images: Images, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pixels `[N, c, 32, 32]` in [-1, 1] and labels of digits 0 to 9 in turn; all by default."""
+    """Pixels `[N, c, s, s]` in [-1, 1] and labels of digits 0 to 9 in turn; all by default."""
     chosen = balanced_indices(images)[:count]
-    return shown(images, chosen, (IMAGE_SIDE, IMAGE_SIDE)), labels_of(images, chosen)
+    return shown(images, chosen, (images.side, images.side)), labels_of(images, chosen)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges digits by a classifier and the features `[M, D]` of real ones, 0 to 9 in turn."""
+    """Judges digits by a classifier and the features `[M, D]` of real ones, 0 to 9 in turn.
+
+    `side`: of the classifier's `IMAGE_SIDE` pixels a side those that a digit's picture has.
+    """
 
     classifier: Classifier
     real: Tensor
     parts: tuple[int, ...] = (10,)  # as `Images.parts`
+    side: int = IMAGE_SIDE
 
     @classmethod
     @torch.inference_mode()
     def of(cls, classifier: Classifier, images: Images) -> "Judge":
         """A judge to whom `images` are the real digits."""
-        return cls(classifier, features(classifier, balanced(images)[0]), images.parts)
+        real = features(classifier, balanced(images)[0], images.side)
+        return cls(classifier, real, images.parts, images.side)
+
+    @torch.inference_mode()
+    def read(self, images: Tensor) -> Tensor:
+        """The digits `[B]` that the classifier reads in the middle of each image."""
+        return logits_of(self.classifier, self.features(images)).argmax(1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the classifier sees in the middle of each image, `[B, D]`."""
+        return features(self.classifier, images, self.side)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor) -> Judgement:
@@ -53,7 +67,7 @@ class Judge:
         The middle square is judged. Precision and recall compare with as many real digits, the
         Fréchet distance with all of them. Of painted digits also `hues_right`: both as asked.
         """
-        found = features(self.classifier, images)
+        found = self.features(images)
         right = logits_of(self.classifier, found).argmax(1) == digit_of(labels)
         precision, recall = precision_and_recall(self.real[: len(found)], found)
         judgement = {

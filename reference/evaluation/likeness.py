@@ -7,62 +7,63 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.classifier import IMAGE_SIDE, Classifier, middle, read
+from reference.classifier import framed
 from reference.evaluation.digits import Size, digit_of
-from reference.evaluation.drawing import Drawing, GraphDrawing
+from reference.evaluation.drawing import Drawing, GraphDrawing, shape
+from reference.evaluation.judging import Judge
 from reference.evaluation.measures import psnr
-from reference.families.r2.training import canvas
 from runtime.bundle.interface import size_name
 from runtime.progress import Bar
 
-CONTINUED = ((8, 8), (16, 16))
 CONTINUED_FROM = (0, 0.25, 0.5, 0.75, 1)  # shares of the steps at the smaller latent
 
 Found = dict[str, float]
 
 
-def judged(classifier: Classifier, images: Tensor, labels: Tensor, others: Tensor) -> Found:
+def judged(judge: Judge, images: Tensor, labels: Tensor, others: Tensor) -> Found:
     """The share read as their label; PSNR and correlation of each with the other image's middle.
 
-    PSNR in dB is of the mean squared error over all images; pixels are in [-1, 1]. The correlation
-    is the mean over images, 0 for a blank one.
+    Both at the side that the classifier reads. PSNR in dB is of the mean squared error over all
+    images; pixels are in [-1, 1]. The correlation is the mean over images, 0 for a blank one.
     """
-    a, b = (middle(x).clamp(-1, 1).flatten(1) for x in (images, others))
+    a, b = (framed(x).clamp(-1, 1).flatten(1) for x in (images, others))
     alike = F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
     return {
-        "read_right": (read(classifier, images) == digit_of(labels)).float().mean().item(),
+        "read_right": (judge.read(images) == digit_of(labels)).float().mean().item(),
         "psnr": psnr(a, b),
         "correlation": alike.mean().item(),
     }
 
 
 def same_picture(
-    draw: Drawing, classifier: Classifier, kind: str, sizes: Sequence[Size], digits: int
+    draw: Drawing, judge: Judge, kind: str, sizes: Sequence[Size], digits: int
 ) -> dict[str, Found]:
     """What `judged` finds of digits of noise `kind` per size, against the first size's."""
     labels = draw.labels(digits)
     drawn = {size_name(size): draw(labels, size, noise=kind).images for size in sizes}
     first = next(iter(drawn.values()))
-    return {name: judged(classifier, images, labels, first) for name, images in drawn.items()}
+    return {name: judged(judge, images, labels, first) for name, images in drawn.items()}
 
 
-def continued(draw: GraphDrawing, classifier: Classifier, digits: int) -> dict[str, Found]:
+def continued(
+    draw: GraphDrawing, judge: Judge, sizes: tuple[Size, Size], digits: int
+) -> dict[str, Found]:
     """Digits whose first steps run at a smaller latent, by the step at which the larger goes on.
 
     Beside what `judged` finds (against the larger latent alone) the seconds per digit. By the
     graphs alone, which is where the change of size is made.
     """
     labels = draw.labels(digits)
-    (small, large), steps = CONTINUED, draw.sampling.count
+    (small, large), steps = sizes, draw.sampling.count
     found: dict[str, Found] = {}
     images: list[Tensor] = []
     for stop in Bar(sorted({round(share * steps) for share in CONTINUED_FROM}), desc="continued"):
         goes_on = 0 < stop < steps
         more: dict[str, Any] = {"continue_at": large, "continue_from": stop} if goes_on else {}
         started = time.perf_counter()
-        image = canvas(large, IMAGE_SIDE)
+        image = shape(draw, large) if goes_on or not stop else shape(draw, small)
         images.append(draw(labels, small if stop else large, image, **more).images)
         seconds = (time.perf_counter() - started) / digits
-        alike = judged(classifier, images[-1], labels, images[0])
+        alike = judged(judge, images[-1], labels, images[0])
         found[str(stop)] = alike | {"seconds": seconds}
     return found

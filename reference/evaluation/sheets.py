@@ -1,6 +1,6 @@
 """For the eye: sheets of digits under real ones, one seed at several sizes, curves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,20 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.classifier import IMAGE_SIDE
+from reference.classifier import IMAGE_SIDE, middle
 from reference.data import Images
 from reference.evaluation.curves import Curve
 from reference.evaluation.digits import Size, balanced_indices, shown
-from reference.evaluation.drawing import Drawing
+from reference.evaluation.drawing import Drawing, shape
 from reference.families.r2.model import R2Models
-from reference.families.r2.training import canvas
 from runtime.bundle.files import atomic_write
 from runtime.bundle.interface import size_name
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
 
 COLUMNS = 10  # a digit each
 ROWS = 4  # of drawn digits
-SEED_SIZES = ((4, 4), (6, 6), (8, 8), (12, 12), (16, 16))  # of one seed's picture
 SEED_IMAGE = (64, 64)
 RECONSTRUCTED = ((4, 4), (8, 8), (16, 16))
 
@@ -46,16 +44,19 @@ class Sheets:
 
     def digits(self, latent: Size, image: Size | None = None) -> str:
         """`ROWS` rows of digits; with `image` those of the latents decoded to that size."""
-        shape = image or canvas(latent, IMAGE_SIDE)
-        drawn = self.draw(self.draw.labels(ROWS * COLUMNS), latent, shape).images
+        size = image or shape(self.draw, latent)
+        drawn = self.draw(self.draw.labels(ROWS * COLUMNS), latent, size).images
         name = size_name(latent) + (f"-as-{size_name(image)}" if image else "")
-        return self.save(f"digits-{name}", torch.cat([self.real(shape), drawn]), latent=name)
+        return self.save(f"digits-{name}", torch.cat([self.real(size), drawn]), latent=name)
 
-    def seeds(self) -> str:
+    def seeds(self, sizes: Sequence[Size]) -> str:
         """A row per latent size, each of the same seeds, real digits above."""
         labels = self.draw.labels(COLUMNS)
-        rows = [self.draw(labels, size, SEED_IMAGE).images for size in SEED_SIZES]
-        names = ", ".join(map(size_name, SEED_SIZES))
+        own = SEED_IMAGE if self.draw.decoupled else None
+        drawn = [self.draw(labels, size, own).images for size in sizes]
+        # Where pixels are diffused, a square of as many pixels for each as it has.
+        rows = [F.interpolate(middle(images), SEED_IMAGE, mode="nearest") for images in drawn]
+        names = ", ".join(map(size_name, sizes))
         return self.save(
             "one-seed", torch.cat([self.real(SEED_IMAGE), *rows]), rows=f"real, {names}"
         )

@@ -1,8 +1,11 @@
-"""What comparisons of steps share."""
+"""What benchmarks share."""
 
 import pytest
 
 from benchmarks.contenders import Prepared, prepare
+from tests.reference.conftest import classifier_file
+
+__all__ = ["classifier_file", "prepared"]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.contenders import (
@@ -39,6 +40,8 @@ def test_products_and_convolutions_are_counted() -> None:
     linear, conv = torch.nn.Linear(5, 7), torch.nn.Conv2d(3, 4, 1)
     assert count_flops(linear, {"x": torch.zeros(11, 5)}) == 2 * 11 * 5 * 7
     assert count_flops(conv, {"x": torch.zeros(1, 3, 6, 6)}) == 2 * 36 * 3 * 4
+    tokens = {name: torch.zeros(1, 2, 9, 8) for name in "qkv"}  # two heads: q·kᵀ and its softmax·v
+    assert count_flops(F.scaled_dot_product_attention, tokens) == 2 * (2 * 2 * 9 * 9 * 8)
 
 
 def test_no_engine_can_drop_or_join_what_trained_weights_would_keep_apart() -> None:

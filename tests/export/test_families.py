@@ -1,7 +1,5 @@
 """The families that diffuse pixels, from a tiny model with random weights to pictures."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
 from runtime.sampling.schedule import log_snr
-from tests.conftest import ROOT, Command
+from tests.conftest import Command
 
 # Sizes that no graph was traced at, odd in tokens and not square where that is legal; an illegal
 # size and the nearest legal one.
@@ -41,14 +39,9 @@ FAMILIES: dict[str, tuple[tuple[tuple[int, int], ...], tuple[int, int], tuple[in
 }
 
 
-@pytest.fixture(scope="session", params=[*FAMILIES])
-def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle of a family, exported once."""
-    out = tmp_path_factory.mktemp("families") / str(request.param)
-    line = [sys.executable, "-m", "tests.tiny", str(out), f"tiny-{request.param}"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    return out
+@pytest.fixture(scope="session")
+def bundle(pixel_bundle: Path) -> Path:
+    return pixel_bundle
 
 
 def evaluations(bundle: Bundle, models: Any, size: tuple[int, int]) -> float:

@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from reference import checkpoint
+from reference.evaluation.drawing import GraphDrawing, Sampling, TorchDrawing
 from reference.evaluation.extent import FULL, QUICK
+from runtime import open_bundle
 from runtime.bundle.interface import size_name
+from runtime.bundle.manifest import read_manifest
 from runtime.sampling.noise import KINDS
 from tests.conftest import Command
 from tests.reference.test_data import MNIST
@@ -65,6 +70,45 @@ def test_a_quick_report_and_its_pictures(
     assert "-1.0000" in resumed.stdout and len(again["early_stop"]["8x8"]["read_right"]) == 2
     assert "16x16 at guidance 2: " in resumed.stderr
     assert "4x4 at guidance 2" not in resumed.stderr
+
+
+@needs_mnist
+def test_models_that_diffuse_pixels_are_judged_at_sizes_around_their_own(
+    pixel_bundle: Path, classifier_file: Path, tmp_path: Path, command: Command
+) -> None:
+    args = ("--checkpoint", pixel_bundle / "tiny.safetensors", "--data", MNIST, "--out", "out")
+    small = ("--classifier", classifier_file, "--images", 10, "--digits", 20, "--steps", 2)
+    done = command("reference.evaluate", *args, *small)
+    assert "pass --bundle" in done.stderr and done.returncode == 2
+    bundle = ("--bundle", pixel_bundle)
+    done = command("reference.evaluate", *args, *small, *bundle, "--only", "scale")
+    assert "diffuses pixels and has no resampler; expected one of" in done.stderr
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    done = command("reference.evaluate", *args, *small, *bundle, "--quick")
+    assert done.returncode == 0, done.stderr
+    assert "left out: reconstruction, scale (tiny-" in done.stdout
+    report = json.loads((tmp_path / "out" / "quick.json").read_text())
+    interface = read_manifest(pixel_bundle).interface
+    own, sides = min(interface.default_latent), interface.latent_sides
+    wide = (sides.nearest(round(own * 6 / 8)), sides.nearest(round(own * 9 / 8)))
+    names = report["generation"].keys()
+    assert {f"{own}x{own} at guidance 1", f"{size_name(wide)} at guidance 2"} < names
+    assert not {"reconstruction_mse", "scale_consistency"} & report.keys()
+    assert [*report["eps_mse_over_t"]] == [*report["early_stop"]] == [f"{own}x{own}"]
+    likeness = report["same_picture"]["coherent"][f"{own}x{own}"]
+    assert likeness["correlation"] == pytest.approx(1)
+
+
+def test_graphs_draw_over_their_own_schedule_as_the_models_do(pixel_bundle: Path) -> None:
+    models = checkpoint.load(pixel_bundle / "tiny.safetensors").models
+    opened, sampling = open_bundle(pixel_bundle), Sampling(steps=3, guidance_interval=(0.2, 1))
+    by_graphs = GraphDrawing(opened, sampling)
+    size = (2 * opened.interface.default_latent[0], opened.interface.default_latent[1])
+    labels = by_graphs.labels(2)
+    wanted = by_graphs(labels, size).images
+    found = TorchDrawing(models, sampling, schedule=opened.manifest.schedule)(labels, size).images
+    assert found.shape == (2, 1, *size)
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 @needs_mnist

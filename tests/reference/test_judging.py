@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from reference.classifier import Classifier, features, middle
 from reference.data import HUES, Images, load_mnist, load_painted_mnist
@@ -102,6 +103,13 @@ def test_a_judge_knows_real_digits_from_noise(digits: Images, classifier: Classi
     assert judge(images, labels.flip(0))["read_right"] < 0.1
     noise = judge(torch.randn(200, 1, 32, 32).clamp(-1, 1), labels)
     assert noise["frechet"] > 10 * real["frechet"] and noise["recall"] < 0.05
+    cropped = Judge.of(classifier, digits.cropped(28))  # to it a digit's margin is 2 pixels less
+    assert torch.equal(cropped.real, judge.real) and cropped.side == 28
+    inner = balanced(digits.cropped(28), 200)[0]
+    assert cropped(inner, labels) == real
+    large = F.interpolate(inner, (112, 112), mode="nearest")
+    assert cropped(large, labels)["read_right"] == real["read_right"]
+    assert cropped(large, labels)["frechet"] < judge(large, labels)["frechet"]
     painted = load_painted_mnist(MNIST, "t10k")
     in_hues = Judge.of(classifier, painted)(*balanced(painted, 200))
     assert in_hues["hues_right"] > 0.97 and in_hues["read_right"] > 0.9

@@ -29,6 +29,10 @@ def test_stages_and_parts_are_read_of_the_configuration(shipped: checkpoint.Chec
     made = {"config": {"r2ir": {"latent": [2, 99]}, "r2id": section}, "parts": [4, 3, 3]}
     assert trained_range(made) == Trained(4, 16, 2.5)
     assert trained_range({}) is trained_range({"config": {"hdit": {}}}) is None
+    model = {"model": {"default_size": [28, 28]}}
+    assert trained_range({"config": model}) == Trained(28, 28, 1)
+    small_first = {"s2id": {"size": [[0.9, 14, 14], [1.0, 28, 42]]}}
+    assert trained_range({"config": model | small_first}) == Trained(14, 42, 1.5)
     assert label_parts({}) == label_parts({"parts": [10]}) == ()
     interface = interface_of(replace(shipped, provenance=shipped.provenance | made))
     assert interface.parts == (4, 3, 3) and [*interface.first_part] == [0, 1, 2, 3]

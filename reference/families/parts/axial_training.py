@@ -18,10 +18,11 @@ from reference.families.parts.training import (
     times,
     widened,
 )
+from runtime.errors import UsageError
 from runtime.sampling.schedule import COSINE
 
 KEYS = frozenset(
-    {"betas", "attention_dropout", "ffn_dropout", "jitter", "loss_weight"}
+    {"betas", "attention_dropout", "ffn_dropout", "size", "jitter", "loss_weight"}
     | {"condition_dropout", "train_condition"}
 )
 
@@ -37,8 +38,9 @@ class Trained(nn.Module):
 class AxialTask(Task):
     """Weighted MSE of eps at t drawn uniformly, one in each B-th of [0, 1].
 
-    `jitter` is the share of the specified jitter of coordinates. `condition_dropout` hides that
-    share of the labels; "both" averages the loss under the null and under the true condition.
+    `size` says until which share of the steps images are of which height and width; `jitter` is
+    the share of the specified jitter of coordinates. `condition_dropout` hides that share of the
+    labels; "both" averages the loss under the null and under the true condition.
     """
 
     family: ClassVar[str]
@@ -47,19 +49,26 @@ class AxialTask(Task):
         denoiser: AxialDenoiser = getattr(models, self.family)
         models.condition.requires_grad_(config["train_condition"])
         self.config, self.model = config, Trained(denoiser, models.condition)
-        self.size, self.fold = models.config.default_size, denoiser.fold
+        self.fold = denoiser.fold
+        for _, *size in config["size"]:
+            if len(size) != 2 or any(side < 1 or side % self.fold for side in size):
+                raise UsageError(
+                    f"[{self.family}] size has {size}; expected rows of a share of the steps, a "
+                    f"height and a width, both multiples of {self.fold}"
+                )
         self.labels, self.pad, self.parts = models.config.labels, images.pad, images.parts
 
     def inputs(self, step: Step) -> tuple[Tensor, ...]:
         """Noisy image, its tokens' coordinates, alpha_bar, labels, the noise, what it counts."""
         c, device, batch = self.config, step.images.device, len(step.images)
-        image = step.picture(self.size[0], self.size[1], self.pad, "bicubic")
+        size = step.stage(c["size"])[1:]
+        image = step.picture(size[0], size[1], self.pad, "bicubic")
         label = branches(widened(step.condition, self.labels), self.parts, c["condition_dropout"])
         alpha_bar = torch.from_numpy(COSINE.alpha_bar(times(batch).numpy())).float().to(device)
         a = alpha_bar.view(-1, 1, 1, 1)
         eps = torch.randn_like(image)
         noisy = a.sqrt() * image + (1 - a).sqrt() * eps
-        height, width = (side // self.fold for side in self.size)
+        height, width = (side // self.fold for side in size)
         at = coordinates(height, width, device)
         if c["jitter"]:
             at = at + jitter(batch, height, width, c["jitter"], device)

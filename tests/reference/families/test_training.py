@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from reference import checkpoint
+from reference.data import load_folder
 from reference.families import FAMILIES, family_of
 from reference.families.hdit.augmentation import augmented, draw_parameters, resampled
 from reference.families.hdit.training import HDiTTask
@@ -189,6 +191,22 @@ def test_a_configuration_of_an_unknown_family_is_refused(tmp_path: Path) -> None
     path.write_text((CONFIGS / "tiny-sid2.toml").read_text().replace('"sid2"', '"sid3"', 1))
     with pytest.raises(UsageError, match="family is 'sid3'; expected one of"):
         read_config(str(path))
+
+
+def test_pictures_of_siid_and_s2id_are_of_the_size_of_their_stage(bars: Path) -> None:
+    images = load_folder(bars, 1, 28, 10)
+    config = read_config("tiny-siid")
+    models, task = build_models(config, "tiny-siid"), FAMILIES["siid"].training.STAGES[0].task
+    section = config["siid"] | {"size": [[0.5, 8, 8], [1.0, 12, 16]], "batch": 2}
+    condition, draw = torch.eye(10)[:2], random.Random(0)
+    for index, size in ((0, (8, 8)), (9, (8, 8)), (10, (12, 16)), (19, (12, 16))):
+        step = Step(index, 20, images.pixels[:2], condition, draw, torch.arange(2))
+        noisy, at, *_ = task(section, models, images).inputs(step)
+        fold = models.config.multiple
+        assert noisy.shape[2:] == size and at.shape[1:3] == (size[0] // fold, size[1] // fold)
+    for wrong in ([[1.0, 8, 9]], [[1.0, 8]]):
+        with pytest.raises(UsageError, match="both multiples of"):
+            task(section | {"size": wrong}, models, images)
 
 
 def test_hdit_decays_linear_maps_and_slows_its_mapping() -> None:
