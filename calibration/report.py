@@ -36,6 +36,7 @@ from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import Progress
 from runtime.progress import Bar
+from runtime.sampling.labels import Labels
 from runtime.sampling.request import Request
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
@@ -85,8 +86,9 @@ class Judged(Bundle):
     def pictures(self, size: Size, steps: int) -> Request:
         """The images that are compared."""
         count = max(1, min(PICTURES, MOST_TOKENS // (size[0] * size[1])))
-        labels = [i % len(self.interface.labels) for i in range(count)]
-        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE, solver="ddim")
+        labels = Labels(self.interface.labels, self.interface.parts)
+        own = [labels.turn(i) for i in range(count)]
+        return Request(own, size, steps=steps, guidance_scale=GUIDANCE, solver="ddim")
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
         """Draw the images, every run of the step graph kept."""

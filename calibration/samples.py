@@ -33,7 +33,7 @@ from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.pipeline.tiler import Roles
 from runtime.progress import Bar
 from runtime.sampling import solvers
-from runtime.sampling.labels import Label
+from runtime.sampling.labels import Label, Labels
 from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr, read
 
@@ -130,9 +130,10 @@ class Samples:
     """Inputs of a bundle's heavy graphs, and the fp32 graphs' own outputs for them."""
 
     def __init__(self, manifest: Manifest):
-        self.bundle, count = Bundle(manifest), len(manifest.interface.labels)
-        labels: list[Label] = [i % count if count else None for i in range(PICTURES)]
-        self.pictures = self.bundle.generate(labels, steps=DRAWING_STEPS).images
+        self.bundle = Bundle(manifest)
+        self.labels = Labels(manifest.interface.labels, manifest.interface.parts)
+        own: list[Label] = [self.labels.turn(i) for i in range(PICTURES)]
+        self.pictures = self.bundle.generate(own, steps=DRAWING_STEPS).images
         self.latents = self.bundle.encode(self.pictures, manifest.interface.default_latent)
 
     def take(self, graph: str, sizes: Mapping[str, int], number: int) -> tuple[Arrays, Arrays]:
@@ -172,10 +173,11 @@ class Samples:
 
     def _step(self, latent: Array, conditions: int, size: Size, number: int) -> Arrays:
         """Inputs of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
-        batch, labels = len(latent), len(self.bundle.interface.labels)
-        one_hot = np.zeros((conditions, batch, labels), np.float32)
-        for branch in range(1, conditions if labels else 1):  # branch 0 is the null condition
-            one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
+        batch, labels = len(latent), self.labels
+        one_hot = np.zeros((conditions, batch, len(labels.names)), np.float32)
+        for branch, image in np.ndindex(conditions, batch):
+            if branch and labels.names:  # branch 0 is the null condition
+                one_hot[branch, image, list(labels.combination(labels.turn(branch + image)))] = 1
         schedule = read(self.bundle.manifest.schedule, size)
         table = solvers.table("ddim", schedule, TRAJECTORY_STEPS)
         alpha_bars = table.alpha_bar
@@ -236,19 +238,19 @@ def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Ite
     """Every sample, drawn by the fp32 graphs."""
     recorder = Recorder(manifest)
     bundle = Bundle(manifest, engines=recorder)
-    count, labels = settings.pictures, len(manifest.interface.labels)
+    count, labels = settings.pictures, Labels(bundle.interface.labels, bundle.interface.parts)
     if pictures is None or pictures.shape[1] != manifest.interface.color_channels:
-        own: list[Label] = [i % labels for i in range(count)]
+        own: list[Label] = [labels.turn(i) for i in range(count)]
         pictures = bundle.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
-    bar = Bar(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
-    with bar:
+    runs = len(settings.sizes) * (1 + len(settings.guidance_scales))
+    with Bar(total=runs, desc="samples", unit="run") as bar:
         for number, size in enumerate(settings.sizes):
             bar.set_postfix_str(size_name(size))
             yield from through_resampler(bundle, pictures, size)
             bar.update()
             for turn, scale in enumerate(settings.guidance_scales):
                 turn += number * len(settings.guidance_scales)
-                own = [(turn * count + i) % labels for i in range(count)]
+                own = [labels.turn(turn * count + i) for i in range(count)]
                 yield from trajectory(bundle, recorder, own, size, scale, settings, turn)
                 bar.update()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calibration import samples
-from calibration.samples import Settings, calibration_set, coverage, fingerprint
+from calibration.samples import Samples, Settings, calibration_set, coverage, fingerprint
 from runtime.bundle.manifest import read_manifest
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
@@ -44,6 +44,24 @@ def test_whole_trajectories_at_every_size_and_scale(own_bundle: Path) -> None:
     assert all(len(covered["sizes"][name]) >= 2 for name in HEAVY)
     branches = {s.guidance_scale: len(s.inputs["text_k"]) for s in found if s.graph == "r2id"}
     assert branches == {0.0: 1, 1.0: 1, 2.0: 2}
+
+
+def test_conditions_have_a_label_of_every_part(own_bundle: Path) -> None:
+    path = own_bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    content["interface"]["parts"] = [4, 3, 3]
+    path.write_text(json.dumps(content))
+    manifest = read_manifest(own_bundle)
+    found = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
+    own = [s for s in found if s.graph == "r2id" and s.size == (4, 4) and s.guidance_scale == 1]
+    bundle = Bundle(manifest)
+    request = Request([(2, 4, 8), (3, 5, 9)], (4, 4), steps=3, guidance_scale=1, solver="ddim")
+    wanted = bundle.diffuser.prepare(request, (4, 4)).at(1)["text_k"]
+    np.testing.assert_array_equal(own[0].inputs["text_k"], wanted)
+    inputs, _ = Samples(manifest).take("r2id", dict(height=4, width=4, batch=2, conditions=3), 1)
+    request = Request([(1, 6, 7), (2, 4, 8)], (4, 4), steps=3, guidance_scale=1, solver="ddim")
+    wanted = bundle.diffuser.prepare(request, (4, 4)).at(1)["text_k"]
+    np.testing.assert_array_equal(inputs["text_k"][1], wanted[0])
 
 
 def test_a_trajectory_s_samples_are_the_sampler_s_own(own_bundle: Path) -> None:
