@@ -58,7 +58,8 @@ def test_conditions_have_a_label_of_every_part(own_bundle: Path) -> None:
     request = Request([(2, 4, 8), (3, 5, 9)], (4, 4), steps=3, guidance_scale=1, solver="ddim")
     wanted = bundle.diffuser.prepare(request, (4, 4)).at(1)["text_k"]
     np.testing.assert_array_equal(own[0].inputs["text_k"], wanted)
-    inputs, _ = Samples(manifest).take("r2id", dict(height=4, width=4, batch=2, conditions=3), 1)
+    sizes = {"height": 4, "width": 4, "batch": 2, "conditions": 3}
+    inputs, _ = Samples(manifest).take("r2id", sizes, 1)
     request = Request([(1, 6, 7), (2, 4, 8)], (4, 4), steps=3, guidance_scale=1, solver="ddim")
     wanted = bundle.diffuser.prepare(request, (4, 4)).at(1)["text_k"]
     np.testing.assert_array_equal(inputs["text_k"][1], wanted[0])
