@@ -46,6 +46,7 @@ FORMAT = 1
 FILE_NAME = "calibration-{}.npz"
 IDX_FILE = "train-images-idx3-ubyte"
 LARGEST, MOST_ARRAYS = (1 << 32) - 1, 10_000  # of a file of samples, in bytes and in number
+LARGEST_INDEX = 1 << 24  # bytes
 
 Arrays = dict[str, Array]
 
@@ -322,38 +323,43 @@ def save(path: Path, key: Mapping[str, Any], samples: Iterable[Sample]) -> None:
 
 
 def load(path: Path, manifest: Manifest) -> list[Sample]:
-    """Read samples; raises ArtefactError where they are none, of another bundle, or not finite."""
+    """Read samples; raises ArtefactError where they are not those of this bundle's graphs."""
     what, again = "calibration data", "Delete it and make it again with: make calibrate"
     arrays = read_arrays(path, what, again, LARGEST, MOST_ARRAYS)
     text = require(path, arrays, "index", again)
     with parsing(path, what, again):
+        if text.nbytes > LARGEST_INDEX:
+            raise ValueError(f"its index has {text.nbytes} bytes")
         index = msgspec.json.decode(text.tobytes(), type=_Index)
-        samples = [
-            Sample(
-                row.graph,
-                row.size,
-                {name: arrays[digest] for name, digest in row.inputs.items()},
-                row.t,
-                row.guidance_scale,
-            )
-            for row in index.samples
-        ]
     if index.key.bundle != fingerprint(manifest):
         raise ArtefactError(
             f"{path}: calibration data of another bundle; expected that of {manifest.folder}. "
             f"{again}"
         )
-    missing = [name for name in heavy(manifest) if all(sample.graph != name for sample in samples)]
+    missing = {*heavy(manifest)} - {row.graph for row in index.samples}
     if missing:
-        raise ArtefactError(f"{path}: has no sample of {', '.join(missing)}. {again}")
-    for sample in samples:
-        for name, value in sample.inputs.items():
-            if not np.isfinite(value).all():
-                raise ArtefactError(
-                    f"{path}: NaN or infinity in {name} of {sample.graph} at "
-                    f"{size_name(sample.size)}; expected finite numbers. {again}"
-                )
+        raise ArtefactError(f"{path}: has no sample of {', '.join(sorted(missing))}. {again}")
+    try:
+        samples = [_sample(row, arrays, manifest) for row in index.samples]
+        for digest in {digest for row in index.samples for digest in row.inputs.values()}:
+            if not np.isfinite(arrays[digest]).all():
+                raise ValueError(f"NaN or infinity in array {digest}; expected finite numbers")
+    except (UsageError, ValueError) as error:
+        raise ArtefactError(f"{path}: {error}. {again}") from None
     return samples
+
+
+def _sample(row: _Row, arrays: Arrays, manifest: Manifest) -> Sample:
+    """A row with its arrays; raises UsageError or ValueError where it is no run of a graph."""
+    spec = manifest.graphs.get(row.graph)
+    of_step = row.t is not None and row.guidance_scale is not None
+    if spec is None or (row.graph == manifest.step_graph and not of_step):
+        raise ValueError(f"a sample of {row.graph!r} with t {row.t} is of no graph")
+    if not arrays.keys() >= {*row.inputs.values()}:
+        raise ValueError(f"a sample of {row.graph} names arrays that are not there")
+    inputs = {name: arrays[digest] for name, digest in row.inputs.items()}
+    spec.check_inputs(inputs)
+    return Sample(row.graph, row.size, inputs, row.t, row.guidance_scale)
 
 
 def coverage(samples: Sequence[Sample]) -> dict[str, Any]:
