@@ -1,6 +1,7 @@
 """Calibration data: what they cover, that they come again, and what is refused."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,30 @@ import numpy as np
 import pytest
 
 from calibration import samples
-from calibration.samples import Samples, Settings, calibration_set, coverage, fingerprint
+from calibration.__main__ import coverage_text
+from calibration.samples import Samples, Settings, calibration_set, coverage, fingerprint, load
 from runtime.bundle.manifest import read_manifest
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
 from runtime.sampling.loop import sample
 from runtime.sampling.request import Request
 from tests.conftest import HEAVY, Command
+from tests.runtime.test_reading import damaged
 
 FEW = Settings(
     sizes=((4, 4), (3, 5)), guidance_scales=(0.0, 1.0, 2.0), steps=3, every=1, pictures=2, seed=5
+)
+
+
+# What an array may be instead.
+UNFIT = (
+    lambda a: a.astype("U3"),
+    lambda a: a.astype(complex),
+    lambda a: a.astype(np.int64),
+    lambda a: a.view([("x", np.float32)]),
+    lambda a: a[None],
+    lambda a: a.ravel()[:0],
+    lambda a: a * np.nan,
 )
 
 
@@ -152,6 +167,34 @@ def test_bad_data_are_refused_and_change_nothing(own_quantized: Path, command: C
         assert done.returncode == 3 and words in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in own_quantized.glob("*.onnx")} == before
     assert (own_quantized / "manifest.json").read_bytes() == manifest
+
+
+def test_random_damage_ends_in_an_error_of_ours_or_none(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    calibration_set(manifest, FEW, own_bundle, own_bundle, None)
+    path = the_file(own_bundle)
+    whole = path.read_bytes()
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    index, refused, draw = arrays.pop("index").tobytes(), 0, random.Random(0)
+    for turn in range(400):
+        own = dict(arrays)
+        if turn % 4 == 0:  # of the file's bytes, which its checksums tell
+            path.write_bytes(damaged(whole, turn))
+        else:
+            if turn % 4 == 1:
+                name = draw.choice([*own])
+                own[name] = draw.choice(UNFIT)(own[name])
+            text = damaged(index, turn) if turn % 4 > 1 else index
+            np.savez(path, index=np.frombuffer(text, np.uint8), **own)
+        try:
+            assert coverage_text(load(path, manifest))
+        except ArtefactError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:
+            assert turn % 4 > 1
+    assert refused > 300
 
 
 def test_the_fingerprint_is_of_the_fp32_graphs(quantized_bundle: Path, tiny_bundle: Path) -> None:
