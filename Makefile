@@ -50,6 +50,7 @@ endef
 	$(call install,.venv-gpu,locks/full.txt,$(TORCH) onnxscript -e '.[$(GPU_EXTRAS)]')
 
 build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
+	@echo "== build/mnist: the shipped model as ONNX graphs, each checked against PyTorch: a minute or two"
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
 # A stamp, since the command adds to a manifest that the plans add to as well.

@@ -26,6 +26,7 @@ from calibration.recorder import Recorder
 from calibration.samples import heavy
 from calibration.speed import engines_here, speed
 from runtime import cli
+from runtime.bundle.commit import note
 from runtime.bundle.files import Measures, atomic_write, sha256
 from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import Size, size_name
@@ -180,7 +181,7 @@ def files(manifest: Manifest, precision: str) -> dict[str, float]:
 
 def layer_errors(manifest: Manifest, precision: str) -> dict[str, Any]:
     """The error that each layer alone gives, from the choice file where there is one."""
-    path = manifest.folder / choice_file(precision)
+    path = note(manifest, choice_file(precision), precision)
     if not path.is_file():
         return {}
     choices = read_choices(path, manifest).graphs
