@@ -74,12 +74,16 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
 
 
 def interface_of(loaded: checkpoint.Checkpoint) -> Interface:
-    """The family's interface, with what the checkpoint's training says of labels and sizes."""
+    """The family's interface, with what the checkpoint's training says of labels and sizes.
+
+    Labels that the training's data had no name for keep their numbers.
+    """
     made = loaded.provenance
-    labels = tuple(made.get("labels") or ())
-    interface = family_of(loaded.models).interface(loaded.models, labels)
+    interface = family_of(loaded.models).interface(loaded.models, ())
+    named = tuple(made.get("labels") or ())
+    labels = named + interface.labels[len(named) :]
     seen = trained_range(made) or interface.trained
-    return replace(interface, parts=label_parts(made), trained=seen)
+    return replace(interface, labels=labels, parts=label_parts(made), trained=seen)
 
 
 def worst(manifest: Manifest) -> str:
