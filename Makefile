@@ -55,6 +55,7 @@ endef
 	$(call install,.venv-gpu,locks/full.txt,$(TORCH) onnxscript -e '.[$(GPU_EXTRAS)]')
 
 build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
+	@echo "== build/mnist: the shipped model as ONNX graphs, each checked against PyTorch: a minute or two"
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
 $(PIXELS:%=build/%/manifest.json): build/%/manifest.json: reference/weights/%.safetensors .venv/.draw \

@@ -28,6 +28,7 @@ from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS
 from runtime.sampling.guidance import guidance
+from runtime.sampling.labels import Labels
 from runtime.sampling.loop import sample
 from runtime.sampling.noise import NoiseStreams
 from runtime.sampling.schedule import Schedule, log_snr, read
@@ -95,14 +96,15 @@ def contenders() -> dict[str, Callable[[Schedule, int], Table]]:
 
 def draw(bundle: Bundle, size: Size, scale: float, pictures: int, table: Table) -> Array:
     """Pixels `[pictures, c, h, w]` of a table at a latent size and guidance scale."""
-    count = len(bundle.interface.labels)
-    labels = [i % count for i in range(pictures)]
+    labels = Labels(bundle.interface.labels, bundle.interface.parts)
+    conditions = [{labels.combination(labels.turn(i)): 1.0} for i in range(pictures)]
     shape = (bundle.interface.latent_channels, *size)
     made = []
     at_once = max(1, BATCH_TOKENS // (size[0] * size[1]))
     for first in range(0, pictures, at_once):
         own = range(first, min(first + at_once, pictures))
-        weights = guidance([{(labels[i],): 1.0} for i in own], count, scale, np.zeros(len(table)))
+        each, still = [conditions[i] for i in own], np.zeros(len(table))
+        weights = guidance(each, len(labels.names), scale, still)
         predict = bundle.diffuser.predictor(weights, size, table)
         x = sample(predict, NoiseStreams(SEED, own, shape).draw(), table)
         made.append(bundle.decode(np.asarray(x, np.float32), bundle.interface.image_size(size)))

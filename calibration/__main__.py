@@ -61,9 +61,10 @@ def calibrate(args: argparse.Namespace) -> None:
             made[precision], choices[precision] = make_variant(
                 manifest, precision, samples, args, scratch, given
             )
+        notes = {precision: choice_file(precision) for precision in choices}
         for precision, own in choices.items():
-            own.write(manifest.folder / choice_file(precision))
-        put_variants(manifest, made, scratch)
+            own.write(scratch / notes[precision])
+        put_variants(manifest, made, scratch, notes)
     for precision, own in choices.items():
         print(choices_text(manifest, own, made[precision]))
 

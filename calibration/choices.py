@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 from calibration.quantize import FORMS, Form, Layer, layers, quantized, token_ranges
 from calibration.samples import Arrays, Sample, Samples, fingerprint, heavy
-from runtime.bundle.files import atomic_write, read_bytes, sha256
+from runtime.bundle.files import atomic_write, parsing, read_bytes, sha256
 from runtime.bundle.manifest import GraphSpec, Manifest, Parity, relative_error
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -25,6 +25,7 @@ from runtime.errors import ArtefactError
 from runtime.progress import Bar
 
 CHOICE_FORMAT = 2
+LARGEST_CHOICE = 1 << 24  # bytes
 # Of the tokens' magnitudes, tried for each graph; 100 is MinMax.
 PERCENTILES = (100.0, 99.99, 99.9, 99.5, 99.0)
 PROBES = 6  # samples of a graph that errors are measured with
@@ -143,11 +144,9 @@ def choice_file(precision: str) -> str:
 def read_choices(path: Path, manifest: Manifest) -> Choices:
     """Read a choice file; raises ArtefactError where it is none or of another bundle."""
     remedy = "Make it again with: python -m calibration"
-    data = read_bytes(path, "a choice of layers", remedy)
-    try:
+    data = read_bytes(path, "a choice of layers", remedy, LARGEST_CHOICE)
+    with parsing(path, "choice of layers", remedy):
         choices = msgspec.json.decode(data, type=Choices)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path}: no choice of layers ({error}). {remedy}") from None
     if choices.format != CHOICE_FORMAT or choices.precision not in FORMS:
         raise ArtefactError(
             f"{path}: format {choices.format}, precision {choices.precision!r}; expected "

@@ -22,7 +22,7 @@ accumulate in fp32.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -360,11 +360,16 @@ def add_variants(args: argparse.Namespace) -> None:
         print(f"{precision}: {len(own)} graphs, largest difference from fp32 {error:.1e} in {name}")
 
 
-def put_variants(manifest: Manifest, made: dict[str, dict[str, GraphSpec]], scratch: Path) -> None:
-    """Move finished graphs from `scratch` into the bundle; see `commit`."""
+def put_variants(
+    manifest: Manifest,
+    made: dict[str, dict[str, GraphSpec]],
+    scratch: Path,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Move finished graphs and their notes from `scratch` into the bundle; see `commit`."""
     every = manifest.variants | made
     variants = {p: every[p] for p in cli.PRECISIONS if p in every}
-    commit(replace(manifest, variants=variants), manifest.folder, scratch)
+    commit(replace(manifest, variants=variants), manifest.folder, scratch, notes)
 
 
 def precisions(text: str) -> list[str]:

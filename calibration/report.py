@@ -26,6 +26,7 @@ from calibration.recorder import Recorder
 from calibration.samples import heavy
 from calibration.speed import engines_here, speed
 from runtime import cli
+from runtime.bundle.commit import note
 from runtime.bundle.files import Measures, atomic_write, sha256
 from runtime.bundle.folders import make_folder
 from runtime.bundle.interface import Size, size_name
@@ -36,6 +37,7 @@ from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import Progress
 from runtime.progress import Bar
+from runtime.sampling.labels import Labels
 from runtime.sampling.request import Request
 
 # precision -> least PSNR in dB, most points of digits read right lost against fp32.
@@ -85,8 +87,9 @@ class Judged(Bundle):
     def pictures(self, size: Size, steps: int) -> Request:
         """The images that are compared."""
         count = max(1, min(PICTURES, MOST_TOKENS // (size[0] * size[1])))
-        labels = [i % len(self.interface.labels) for i in range(count)]
-        return Request(labels, size, steps=steps, guidance_scale=GUIDANCE, solver="ddim")
+        labels = Labels(self.interface.labels, self.interface.parts)
+        own = [labels.turn(i) for i in range(count)]
+        return Request(own, size, steps=steps, guidance_scale=GUIDANCE, solver="ddim")
 
     def trajectory(self, size: Size, steps: int, bar: Any) -> Trajectory:
         """Draw the images, every run of the step graph kept."""
@@ -178,7 +181,7 @@ def files(manifest: Manifest, precision: str) -> dict[str, float]:
 
 def layer_errors(manifest: Manifest, precision: str) -> dict[str, Any]:
     """The error that each layer alone gives, from the choice file where there is one."""
-    path = manifest.folder / choice_file(precision)
+    path = note(manifest, choice_file(precision), precision)
     if not path.is_file():
         return {}
     choices = read_choices(path, manifest).graphs

@@ -33,7 +33,7 @@ from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.pipeline.tiler import Roles
 from runtime.progress import Bar
 from runtime.sampling import solvers
-from runtime.sampling.labels import Label
+from runtime.sampling.labels import Label, Labels
 from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr, read
 
@@ -46,6 +46,7 @@ FORMAT = 1
 FILE_NAME = "calibration-{}.npz"
 IDX_FILE = "train-images-idx3-ubyte"
 LARGEST, MOST_ARRAYS = (1 << 32) - 1, 10_000  # of a file of samples, in bytes and in number
+LARGEST_INDEX = 1 << 24  # bytes
 
 Arrays = dict[str, Array]
 
@@ -130,9 +131,10 @@ class Samples:
     """Inputs of a bundle's heavy graphs, and the fp32 graphs' own outputs for them."""
 
     def __init__(self, manifest: Manifest):
-        self.bundle, count = Bundle(manifest), len(manifest.interface.labels)
-        labels: list[Label] = [i % count if count else None for i in range(PICTURES)]
-        self.pictures = self.bundle.generate(labels, steps=DRAWING_STEPS).images
+        self.bundle = Bundle(manifest)
+        self.labels = Labels(manifest.interface.labels, manifest.interface.parts)
+        own: list[Label] = [self.labels.turn(i) for i in range(PICTURES)]
+        self.pictures = self.bundle.generate(own, steps=DRAWING_STEPS).images
         self.latents = self.bundle.encode(self.pictures, manifest.interface.default_latent)
 
     def take(self, graph: str, sizes: Mapping[str, int], number: int) -> tuple[Arrays, Arrays]:
@@ -172,10 +174,11 @@ class Samples:
 
     def _step(self, latent: Array, conditions: int, size: Size, number: int) -> Arrays:
         """Inputs of the step graph on its way from noise to `latent` `[B, C, H, W]`."""
-        batch, labels = len(latent), len(self.bundle.interface.labels)
-        one_hot = np.zeros((conditions, batch, labels), np.float32)
-        for branch in range(1, conditions if labels else 1):  # branch 0 is the null condition
-            one_hot[branch, range(batch), (np.arange(batch) + branch) % labels] = 1
+        batch, labels = len(latent), self.labels
+        one_hot = np.zeros((conditions, batch, len(labels.names)), np.float32)
+        for branch, image in np.ndindex(conditions, batch):
+            if branch and labels.names:  # branch 0 is the null condition
+                one_hot[branch, image, list(labels.combination(labels.turn(branch + image)))] = 1
         schedule = read(self.bundle.manifest.schedule, size)
         table = solvers.table("ddim", schedule, TRAJECTORY_STEPS)
         alpha_bars = table.alpha_bar
@@ -236,19 +239,19 @@ def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Ite
     """Every sample, drawn by the fp32 graphs."""
     recorder = Recorder(manifest)
     bundle = Bundle(manifest, engines=recorder)
-    count, labels = settings.pictures, len(manifest.interface.labels)
+    count, labels = settings.pictures, Labels(bundle.interface.labels, bundle.interface.parts)
     if pictures is None or pictures.shape[1] != manifest.interface.color_channels:
-        own: list[Label] = [i % labels for i in range(count)]
+        own: list[Label] = [labels.turn(i) for i in range(count)]
         pictures = bundle.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
-    bar = Bar(total=len(settings.sizes) * (1 + len(settings.guidance_scales)), desc="samples")
-    with bar:
+    runs = len(settings.sizes) * (1 + len(settings.guidance_scales))
+    with Bar(total=runs, desc="samples", unit="run") as bar:
         for number, size in enumerate(settings.sizes):
             bar.set_postfix_str(size_name(size))
             yield from through_resampler(bundle, pictures, size)
             bar.update()
             for turn, scale in enumerate(settings.guidance_scales):
                 turn += number * len(settings.guidance_scales)
-                own = [(turn * count + i) % labels for i in range(count)]
+                own = [labels.turn(turn * count + i) for i in range(count)]
                 yield from trajectory(bundle, recorder, own, size, scale, settings, turn)
                 bar.update()
 
@@ -320,38 +323,43 @@ def save(path: Path, key: Mapping[str, Any], samples: Iterable[Sample]) -> None:
 
 
 def load(path: Path, manifest: Manifest) -> list[Sample]:
-    """Read samples; raises ArtefactError where they are none, of another bundle, or not finite."""
+    """Read samples; raises ArtefactError where they are not those of this bundle's graphs."""
     what, again = "calibration data", "Delete it and make it again with: make calibrate"
     arrays = read_arrays(path, what, again, LARGEST, MOST_ARRAYS)
     text = require(path, arrays, "index", again)
     with parsing(path, what, again):
+        if text.nbytes > LARGEST_INDEX:
+            raise ValueError(f"its index has {text.nbytes} bytes")
         index = msgspec.json.decode(text.tobytes(), type=_Index)
-        samples = [
-            Sample(
-                row.graph,
-                row.size,
-                {name: arrays[digest] for name, digest in row.inputs.items()},
-                row.t,
-                row.guidance_scale,
-            )
-            for row in index.samples
-        ]
     if index.key.bundle != fingerprint(manifest):
         raise ArtefactError(
             f"{path}: calibration data of another bundle; expected that of {manifest.folder}. "
             f"{again}"
         )
-    missing = [name for name in heavy(manifest) if all(sample.graph != name for sample in samples)]
+    missing = {*heavy(manifest)} - {row.graph for row in index.samples}
     if missing:
-        raise ArtefactError(f"{path}: has no sample of {', '.join(missing)}. {again}")
-    for sample in samples:
-        for name, value in sample.inputs.items():
-            if not np.isfinite(value).all():
-                raise ArtefactError(
-                    f"{path}: NaN or infinity in {name} of {sample.graph} at "
-                    f"{size_name(sample.size)}; expected finite numbers. {again}"
-                )
+        raise ArtefactError(f"{path}: has no sample of {', '.join(sorted(missing))}. {again}")
+    try:
+        samples = [_sample(row, arrays, manifest) for row in index.samples]
+        for digest in {digest for row in index.samples for digest in row.inputs.values()}:
+            if not np.isfinite(arrays[digest]).all():
+                raise ValueError(f"NaN or infinity in array {digest}; expected finite numbers")
+    except (UsageError, ValueError) as error:
+        raise ArtefactError(f"{path}: {error}. {again}") from None
     return samples
+
+
+def _sample(row: _Row, arrays: Arrays, manifest: Manifest) -> Sample:
+    """A row with its arrays; raises UsageError or ValueError where it is no run of a graph."""
+    spec = manifest.graphs.get(row.graph)
+    of_step = row.t is not None and row.guidance_scale is not None
+    if spec is None or (row.graph == manifest.step_graph and not of_step):
+        raise ValueError(f"a sample of {row.graph!r} with t {row.t} is of no graph")
+    if not arrays.keys() >= {*row.inputs.values()}:
+        raise ValueError(f"a sample of {row.graph} names arrays that are not there")
+    inputs = {name: arrays[digest] for name, digest in row.inputs.items()}
+    spec.check_inputs(inputs)
+    return Sample(row.graph, row.size, inputs, row.t, row.guidance_scale)
 
 
 def coverage(samples: Sequence[Sample]) -> dict[str, Any]:

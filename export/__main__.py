@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 from export.families import family_of
 from export.graph_files import make_graph
 from export.processes import in_processes
-from export.to_onnx import OPSET
+from export.to_onnx import OPSET, GraphSource
 from export.verify import trajectory_parity
 from reference import checkpoint
 from reference.provenance import label_parts, trained_range
@@ -43,13 +44,15 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
     # The largest graph takes longest: begun last, it would be waited for alone.
     ordered = sorted(graphs, key=lambda source: -len(list(source.module.modules())))
     made = {}
-    bar = Bar(total=len(ordered), desc="export", unit="graph")
     work = partial(make_graph, folder=folder, interface=interface)
-    for source, specs in in_processes(work, ordered):
-        made[source.name] = specs
-        bar.set_postfix_str(source.name)
-        bar.update()
-    bar.close()
+    with Bar(total=len(ordered), desc="export", unit="graph") as bar:
+
+        def busy(sources: Sequence[GraphSource]) -> None:
+            bar.set_postfix_str(", ".join(source.name for source in sources))
+
+        for source, specs in in_processes(work, ordered, busy):
+            made[source.name] = specs
+            bar.update()
     by_name = {source.name: made[source.name] for source in graphs}
     manifest = Manifest(
         interface=interface,
@@ -71,12 +74,16 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
 
 
 def interface_of(loaded: checkpoint.Checkpoint) -> Interface:
-    """The family's interface, with what the checkpoint's training says of labels and sizes."""
+    """The family's interface, with what the checkpoint's training says of labels and sizes.
+
+    Labels that the training's data had no name for keep their numbers.
+    """
     made = loaded.provenance
-    labels = tuple(made.get("labels") or ())
-    interface = family_of(loaded.models).interface(loaded.models, labels)
+    interface = family_of(loaded.models).interface(loaded.models, ())
+    named = tuple(made.get("labels") or ())
+    labels = named + interface.labels[len(named) :]
     seen = trained_range(made) or interface.trained
-    return replace(interface, parts=label_parts(made), trained=seen)
+    return replace(interface, labels=labels, parts=label_parts(made), trained=seen)
 
 
 def worst(manifest: Manifest) -> str:

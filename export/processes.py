@@ -18,11 +18,14 @@ PROCESSES = 2  # one graph of the model takes as long as all others together
 
 
 def in_processes(
-    work: Callable[[Item], Result], items: Sequence[Item]
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    busy: Callable[[Sequence[Item]], None] = lambda items: None,
 ) -> Iterator[tuple[Item, Result]]:
     """Each item with its result, as they are ready; items are begun in their order.
 
-    Raises what `work` raises. Then, and where the caller stops early, the others are ended.
+    `busy` is told the items that are being worked on, at first and whenever one has ended. Raises
+    what `work` raises. Then, and where the caller stops early, the others are ended.
     """
     count = min(PROCESSES, os.cpu_count() or 1, len(items))
     threads = max(1, torch.get_num_threads() // count)
@@ -30,9 +33,13 @@ def in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _prepare, (threads,)) as pool:
         jobs = {pool.submit(work, item): item for item in items}
+        left = dict(jobs)
         try:
+            busy([*left.values()][:count])
             for job in as_completed(jobs):
-                yield jobs[job], job.result()
+                item, result = left.pop(job), job.result()
+                busy([*left.values()][:count])
+                yield item, result
         except BaseException:
             for job in jobs:
                 job.cancel()

@@ -67,7 +67,8 @@ def wheel(args: argparse.Namespace) -> None:
 
 def build(source: Path, out: Path) -> Path:
     """The wheel of a project's folder, in the environment as it is; raises IncompatibleError."""
-    shutil.rmtree(out, ignore_errors=True)
+    for made in (out, source / "build"):  # setuptools would pack what it finds of an earlier wheel
+        shutil.rmtree(made, ignore_errors=True)
     line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     done = subprocess.run([*line, "--wheel-dir", str(out), str(source)], capture_output=True)
     if done.returncode:

@@ -9,6 +9,11 @@ from reference.families.parts.training import Task
 
 KINDS = ("adamw", "muon")
 BETAS = (0.9, 0.99)  # of AdamW, where a family's stages do not name them
+# What is kept of each parameter.
+KEPT: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 class Optimizers:
@@ -64,11 +69,25 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        packed = [part.state_dict() for part in self.parts]
-        for name, value in state.items():
-            number, index, key = name.split(".", 2)
-            own = packed[int(number)]["state"].setdefault(int(index), {})
-            own[key] = value.cpu() if key == "step" else value
-        for part, whole in zip(self.parts, packed, strict=True):
-            part.load_state_dict(whole)
+        """Take over what `state` gave; raises ValueError where it is not of these parameters."""
+        left = dict(state)
+        for number, part in enumerate(self.parts):
+            packed, kept = part.state_dict(), KEPT[type(part)]
+            parameters = [own for group in part.param_groups for own in group["params"]]
+            for index, parameter in enumerate(parameters):
+                names = [f"{number}.{index}.{key}" for key in kept]
+                found = [left.pop(name) for name in names if name in left]
+                if not found:  # it had no gradient yet
+                    continue
+                shapes = [torch.Size() if key == "step" else parameter.shape for key in kept]
+                if [own.shape for own in found] != shapes:
+                    raise ValueError(f"{', '.join(names)} are not there in the shapes {shapes}")
+                if not all(own.is_floating_point() and own.isfinite().all() for own in found):
+                    raise ValueError(f"{', '.join(names)} are not finite numbers")
+                packed["state"][index] = {
+                    key: own.cpu() if key == "step" else own
+                    for key, own in zip(kept, found, strict=True)
+                }
+            part.load_state_dict(packed)
+        if left:
+            raise ValueError(f"{', '.join([*left][:8])} are of no parameter")

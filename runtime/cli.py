@@ -63,6 +63,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"{self.prog}: error: {message}. Help: {self.prog} -h\n")
 
 
+class _Note(logging.Formatter):
+    """Names of files and labels in a note are printed as errors print them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 class _Version(argparse.Action):
     """--version: what is installed, looked up when it is asked for."""
 
@@ -119,7 +126,7 @@ def speak(quiet: bool) -> None:
     from runtime.progress import Bar, log
 
     notes = logging.StreamHandler()
-    notes.setFormatter(logging.Formatter("note: %(message)s"))
+    notes.setFormatter(_Note("note: %(message)s"))
     log.addHandler(notes)
     log.propagate = False
     if quiet:

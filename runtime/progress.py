@@ -25,6 +25,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         super().__init__(*args, **options)
         self.what, self.unit = options.get("desc", "work"), options.get("unit", "it")
         self.n = options.get("initial", 0)
+        self.postfix = getattr(self, "postfix", None)  # which tqdm leaves out where it is disabled
         self.first: tuple[float, float] | None = None  # seconds and count at the first update
         self.begun = self.said = time.monotonic()
         self.long_said = False
@@ -67,7 +68,8 @@ class Bar(tqdm):  # type: ignore[type-arg]
             log.warning("%s will take about %s; Ctrl-C stops it", self.what, duration(left))
         if self.plain and now - self.said >= EVERY:
             self.said = now
-            self._print(f"{duration(left)} left")
+            beside = f"{self.postfix}, " if self.postfix else ""
+            self._print(f"{beside}{duration(left)} left")
 
     def _print(self, rest: str) -> None:
         of = f" of {self.total:.0f}" if self.total else ""

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 
 def load_library() -> Any:
-    """Import onnxruntime; raises IncompatibleError with the command that installs it."""
+    """Import onnxruntime; raises IncompatibleError with the command that installs it.
+
+    Raises ResourceError where there is no memory for it.
+    """
     try:
         import onnxruntime
     except ImportError as error:
+        if is_out_of_memory(error):
+            raise memory_error(error, "onnxruntime cannot be imported: ") from None
         raise IncompatibleError(
             f"onnxruntime cannot be imported ({error}); expected it for ONNX graphs. "
             f"Install it with: {PROVIDERS['cpu'].install} (for CUDA: {PROVIDERS['cuda'].install})"

@@ -41,10 +41,15 @@ Shape = tuple[int, ...]
 
 
 def load_library() -> Any:
-    """Import openvino; raises IncompatibleError with the command that installs it."""
+    """Import openvino; raises IncompatibleError with the command that installs it.
+
+    Raises ResourceError where there is no memory for it.
+    """
     try:
         import openvino
     except ImportError as error:
+        if is_out_of_memory(error):
+            raise memory_error(error, "openvino cannot be imported: ") from None
         raise IncompatibleError(
             f"openvino cannot be imported ({error}); expected it for --provider openvino. "
             f"Install it with: {PROVIDERS['openvino'].install}, or choose --provider cpu or "

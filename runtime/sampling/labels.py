@@ -30,7 +30,17 @@ class Labels:
         """See `Interface` for `parts`."""
         self.names = names
         self.numbers = {name: number for number, name in reversed([*enumerate(self.names)])}
-        self.ends = [*accumulate(parts)]
+        self.ends = [*accumulate(parts or [len(names)] * bool(names))]
+
+    def turn(self, number: int) -> Term | None:
+        """The `number`-th condition of a series that goes through all labels; None without any.
+
+        It has a label of every part. Each part begins one label later than the one before, so that
+        where two have the same labels (a stroke's colour and its ground's) they are never the same.
+        """
+        spans = zip([0, *self.ends], self.ends, strict=False)
+        each = [first + (number + part) % (end - first) for part, (first, end) in enumerate(spans)]
+        return tuple(each) if len(each) > 1 else next(iter(each), None)
 
     def listed(self, text: str) -> list[Label]:
         """One label per image: `7`, `cat,dog`, `0-9`, `none`, and all that `read` takes."""

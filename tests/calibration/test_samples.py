@@ -1,6 +1,7 @@
 """Calibration data: what they cover, that they come again, and what is refused."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,30 @@ import numpy as np
 import pytest
 
 from calibration import samples
-from calibration.samples import Settings, calibration_set, coverage, fingerprint
+from calibration.__main__ import coverage_text
+from calibration.samples import Samples, Settings, calibration_set, coverage, fingerprint, load
 from runtime.bundle.manifest import read_manifest
 from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle
 from runtime.sampling.loop import sample
 from runtime.sampling.request import Request
 from tests.conftest import HEAVY, Command
+from tests.runtime.test_reading import damaged
 
 FEW = Settings(
     sizes=((4, 4), (3, 5)), guidance_scales=(0.0, 1.0, 2.0), steps=3, every=1, pictures=2, seed=5
+)
+
+
+# What an array may be instead.
+UNFIT = (
+    lambda a: a.astype("U3"),
+    lambda a: a.astype(complex),
+    lambda a: a.astype(np.int64),
+    lambda a: a.view([("x", np.float32)]),
+    lambda a: a[None],
+    lambda a: a.ravel()[:0],
+    lambda a: a * np.nan,
 )
 
 
@@ -44,6 +59,25 @@ def test_whole_trajectories_at_every_size_and_scale(own_bundle: Path) -> None:
     assert all(len(covered["sizes"][name]) >= 2 for name in HEAVY)
     branches = {s.guidance_scale: len(s.inputs["text_k"]) for s in found if s.graph == "r2id"}
     assert branches == {0.0: 1, 1.0: 1, 2.0: 2}
+
+
+def test_conditions_have_a_label_of_every_part(own_bundle: Path) -> None:
+    path = own_bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    content["interface"]["parts"] = [4, 3, 3]
+    path.write_text(json.dumps(content))
+    manifest = read_manifest(own_bundle)
+    found = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
+    own = [s for s in found if s.graph == "r2id" and s.size == (4, 4) and s.guidance_scale == 1]
+    bundle = Bundle(manifest)
+    request = Request([(2, 4, 8), (3, 5, 9)], (4, 4), steps=3, guidance_scale=1, solver="ddim")
+    wanted = bundle.diffuser.prepare(request, (4, 4)).at(1)["text_k"]
+    np.testing.assert_array_equal(own[0].inputs["text_k"], wanted)
+    sizes = {"height": 4, "width": 4, "batch": 2, "conditions": 3}
+    inputs, _ = Samples(manifest).take("r2id", sizes, 1)
+    request = Request([(1, 6, 7), (2, 4, 8)], (4, 4), steps=3, guidance_scale=1, solver="ddim")
+    wanted = bundle.diffuser.prepare(request, (4, 4)).at(1)["text_k"]
+    np.testing.assert_array_equal(inputs["text_k"][1], wanted[0])
 
 
 def test_a_trajectory_s_samples_are_the_sampler_s_own(own_bundle: Path) -> None:
@@ -133,6 +167,34 @@ def test_bad_data_are_refused_and_change_nothing(own_quantized: Path, command: C
         assert done.returncode == 3 and words in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in own_quantized.glob("*.onnx")} == before
     assert (own_quantized / "manifest.json").read_bytes() == manifest
+
+
+def test_random_damage_ends_in_an_error_of_ours_or_none(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    calibration_set(manifest, FEW, own_bundle, own_bundle, None)
+    path = the_file(own_bundle)
+    whole = path.read_bytes()
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    index, refused, draw = arrays.pop("index").tobytes(), 0, random.Random(0)
+    for turn in range(400):
+        own = dict(arrays)
+        if turn % 4 == 0:  # of the file's bytes, which its checksums tell
+            path.write_bytes(damaged(whole, turn))
+        else:
+            if turn % 4 == 1:
+                name = draw.choice([*own])
+                own[name] = draw.choice(UNFIT)(own[name])
+            text = damaged(index, turn) if turn % 4 > 1 else index
+            np.savez(path, index=np.frombuffer(text, np.uint8), **own)
+        try:
+            assert coverage_text(load(path, manifest))
+        except ArtefactError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        else:
+            assert turn % 4 > 1
+    assert refused > 300
 
 
 def test_the_fingerprint_is_of_the_fp32_graphs(quantized_bundle: Path, tiny_bundle: Path) -> None:

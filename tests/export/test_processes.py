@@ -2,15 +2,21 @@
 
 import math
 import multiprocessing
+import os
 import time
 
 import pytest
 
-from export.processes import in_processes
+from export.processes import PROCESSES, in_processes
 
 
 def test_each_item_comes_with_its_result() -> None:
-    assert dict(in_processes(math.sqrt, [4.0, 9.0, 0.0])) == {4.0: 2.0, 9.0: 3.0, 0.0: 0.0}
+    busy: list[list[float]] = []
+    found = dict(in_processes(math.sqrt, [4.0, 9.0, 0.0], lambda items: busy.append([*items])))
+    assert found == {4.0: 2.0, 9.0: 3.0, 0.0: 0.0}
+    count = min(PROCESSES, os.cpu_count() or 1)
+    assert busy[0] == [4.0, 9.0, 0.0][:count] and busy[-1] == []
+    assert [len(items) for items in busy] == [min(count, left) for left in (3, 2, 1, 0)]
 
 
 def test_an_error_in_one_process_is_raised_and_ends_the_other() -> None:

@@ -1,5 +1,6 @@
 """The wheel of the runtime alone: what it holds, that it draws outside of any clone."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -81,11 +82,22 @@ def test_constants_are_halved_where_halves_hold_them(tiny_bundle: Path, tmp_path
     assert whole.for_cpu and not bare.for_cpu and read_manifest(tmp_path / "bare").graphs
 
 
+def test_a_wheel_that_is_too_large_leaves_the_forms_for_processors_out(
+    wheel: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheels, "LARGEST", wheel.stat().st_size - 1)
+    wheels.wheel(argparse.Namespace(bundle=tiny_bundle, out=tmp_path))
+    names = {
+        path: {name for name in zipfile.ZipFile(path).namelist() if name.endswith(".onnx")}
+        for path in (wheel, *tmp_path.glob("*.whl"))
+    }
+    whole, bare = names.values()
+    assert bare == {name for name in whole if not name.endswith(".cpu.onnx")} < whole
+
+
 def test_a_wheel_that_is_too_large_is_refused(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import argparse
-
     monkeypatch.setattr(wheels, "LARGEST", 1000)
     with pytest.raises(ResourceError, match="expected at most 1000"):
         wheels.wheel(argparse.Namespace(bundle=tiny_bundle, out=tmp_path / "dist"))

@@ -38,6 +38,11 @@ def test_stages_and_parts_are_read_of_the_configuration(shipped: checkpoint.Chec
     assert interface.parts == (4, 3, 3) and [*interface.first_part] == [0, 1, 2, 3]
 
 
+def test_labels_without_a_folder_keep_their_numbers(shipped: checkpoint.Checkpoint) -> None:
+    some = replace(shipped, provenance={"labels": ["circle", "square"]})
+    assert interface_of(some).labels == ("circle", "square", *"23456789")
+
+
 def test_parts_that_do_not_add_up_are_refused(shipped: checkpoint.Checkpoint) -> None:
     found = interface_of(shipped)
     fields = {name: getattr(found, name) for name in Interface.__struct_fields__}

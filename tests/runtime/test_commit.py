@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from runtime.bundle.commit import HASHED, commit, editing
+from runtime.bundle.commit import HASHED, commit, editing, note
 from runtime.bundle.files import sha256
 from runtime.bundle.folders import staging
 from runtime.bundle.manifest import GraphSpec, Manifest, read_manifest
 from tests.runtime.test_faults import field
 
+NOTE = "choice.fp16.json"
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork to kill a writer in")
 
 
@@ -27,7 +28,7 @@ def altered(old: Manifest, scratch: Path, text: str) -> Manifest:
         for name, spec in own.items():
             file = Path(spec.file).name
             data = old.file_bytes(spec) + field(6, text)
-            usual = HASHED.sub(r"\1\2", file)
+            usual = HASHED.sub(r"\1\3", file)
             (scratch / usual).write_bytes(data)
             made[name] = replace(spec, file=usual, sha256=sha256(data))
         return made
@@ -50,7 +51,8 @@ def edit(folder: Path, text: str) -> None:
         (scratch / "r2id.fp16.onnx").write_bytes(data)
         own = replace(spec, file="r2id.fp16.onnx", sha256=sha256(data), precision="fp16")
         made = replace(manifest, variants={"fp16": {"r2id": own}}, versions={"text": text})
-        commit(made, folder, scratch)
+        (scratch / NOTE).write_text(text)
+        commit(made, folder, scratch, {"fp16": NOTE})
 
 
 def killed(work: Callable[[], None], call: int) -> bool:
@@ -99,6 +101,8 @@ def test_a_bundle_is_old_or_new_whenever_its_writer_is_killed(
         for _, spec in manifest.forms():
             manifest.file_bytes(spec)  # compared with its hash
         found.append(manifest.versions["text"])
+        if work is edit:
+            assert note(manifest, NOTE, "fp16").read_text() == found[-1]
         if not dead:
             break
         work(folder, "rerun")

@@ -219,6 +219,22 @@ def test_a_command_without_memory_ends_with_5(
 
 
 @LINUX
+def test_a_library_that_finds_no_memory_is_not_called_missing() -> None:
+    code = (
+        "from runtime.engines.onnxruntime import load_library\n"
+        "from runtime.errors import ResourceError\n"
+        "from tests.runtime.test_faults import limit_memory\n"
+        "limit_memory(8 << 20)\n"
+        "try:\n"
+        "    load_library()\n"
+        "except ResourceError as error:\n"
+        "    raise SystemExit(str(error)) from None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot be imported: out of memory" in done.stderr
+
+
+@LINUX
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("out", ["sheet.png", "digit-{index}.png"])
 def test_a_signal_ends_with_130_and_no_half_file(

@@ -29,6 +29,16 @@ def painted(own_bundle: Path) -> Path:
     return own_bundle
 
 
+def test_a_series_goes_through_the_labels_of_every_part() -> None:
+    assert [SHAPES.turn(number) for number in range(6)] == [0, 1, 2, 3, 4, 0]
+    assert Labels([]).turn(3) is None
+    series = [PAINTED.turn(number) for number in range(20)]
+    assert series[:3] == [(0, 11, 12), (1, 10, 13), (2, 11, 12)]
+    for label in series:
+        ((_, stroke, ground),) = PAINTED.read(label)
+        assert stroke - 10 != ground - 12
+
+
 @pytest.mark.parametrize(
     ("labels", "text", "found"),
     [

@@ -124,11 +124,12 @@ def test_logs_have_plain_lines_and_a_word_before_hours(
     heard: list[str] = []
     monkeypatch.setattr(progress.log, "warning", lambda text, *args: heard.append(text % args))
     with progress.Bar(total=1000, desc="train", unit="step") as bar:
+        bar.set_postfix_str("loss=0.1")
         for _ in range(13):
             bar.update()
     assert heard == ["train will take about 2 h 46 min; Ctrl-C stops it"]
     lines = capsys.readouterr().err
-    assert "train: 6 of 1000 step, 166 min left" in lines.replace("2 h 46 min", "166 min")
+    assert "train: 6 of 1000 step, loss=0.1, 166 min left" in lines.replace("2 h 46 min", "166 min")
     assert "\r" not in lines and 1 <= lines.count("\n") <= 3
     assert [*progress.Bar([1, 2, 3], desc="walk")] == [1, 2, 3]
 
