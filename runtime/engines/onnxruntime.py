@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,18 @@ from runtime.providers import PROVIDERS, Provider
 if TYPE_CHECKING:
     import onnxruntime
 
+_importing = threading.Lock()
 ONCE = ("size", "schedule", "prompt")  # lifetimes of graphs that run once in a request
 
 
 def load_library() -> Any:
-    """Import onnxruntime; raises IncompatibleError with the command that installs it."""
+    """Import onnxruntime; raises IncompatibleError with the command that installs it.
+
+    By one thread at a time: beside an import that fails, another would get half a module.
+    """
     try:
-        import onnxruntime
+        with _importing:
+            import onnxruntime
     except ImportError as error:
         raise IncompatibleError(
             f"onnxruntime cannot be imported ({error}); expected it for ONNX graphs. "
