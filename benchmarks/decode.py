@@ -62,27 +62,26 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
 
 def export_published(folder: Path) -> None:
     """The graphs of the published width, with random weights, as a bundle."""
-    from export.chunk import chunk_ffn
     from export.families.r2 import bundle as r2
-    from export.graph_files import spec_of
+    from export.graph_files import for_cpu, spec_of
     from export.to_onnx import onnx_from_source
 
     models = published()
     graphs: dict[str, GraphSpec] = {}
-    for_cpu: dict[str, GraphSpec] = {}
+    own: dict[str, GraphSpec] = {}
     interface = r2.interface(models, ())
     for source in r2.sources(models):
         plain = onnx_from_source(source)
         for forms, name, model in (
             (graphs, source.name, plain),
-            (for_cpu, f"{source.name}.cpu", chunk_ffn(plain)),
+            (own, f"{source.name}.cpu", for_cpu(plain)),
         ):
             if model is not None:
                 data = model.SerializeToString()
                 (folder / f"{name}.onnx").write_bytes(data)
                 forms[source.name] = spec_of(source, data, f"{name}.onnx", interface)
     schedule = r2.schedule(models)
-    Manifest(interface, schedule, None, {}, None, graphs, for_cpu=for_cpu).write(folder)
+    Manifest(interface, schedule, None, {}, None, graphs, for_cpu=own).write(folder)
 
 
 def published() -> Any:

@@ -8,7 +8,8 @@ Parts, each contender in a process of its own: interpreter and imports; manifest
 PyTorch the checkpoint); compile; film and position; steps; decode; PNG. `fresh` is all of them: for
 ours a command's wall time, for PyTorch their sum, its steps timed for --steps of them. `open` is a
 second picture of an open bundle (PyTorch: steps, decode and PNG). The published width has random
-weights. Writes picture.json and picture.png.
+weights. Writes picture.json and picture.png; stopped and started again, or with other models, cases
+and rounds, it goes on after what picture-measures.json holds.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,9 @@ from benchmarks.compare import about
 from benchmarks.decode import export_published, published
 from benchmarks.solvers import draw, plain_2m_time, psnr, reference
 from runtime import cli, open_bundle
-from runtime.bundle.files import atomic_write
+from runtime.bundle.files import Measures, atomic_write
 from runtime.bundle.interface import Size, size_name
-from runtime.bundle.manifest import DEFAULT_BUNDLE
+from runtime.bundle.manifest import DEFAULT_BUNDLE, read_manifest
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.images.pixels import save_png, save_rows, to_uint8
@@ -58,7 +60,7 @@ TABLES: dict[str, Callable[[Schedule, int], Table]] = {
     "2M": plain_2m_time,
     "DDIM": partial(solvers.table, "ddim"),
 }
-OURS = "import runtime.generate, runtime.images.pixels, runtime.pipeline.bundle, tqdm, {}"
+OURS = "import runtime.generate, runtime.images.pixels, runtime.pipeline.bundle, {}"
 THEIRS = "import torch, numpy, PIL.Image, reference.checkpoint, benchmarks.published"
 LIBRARIES = {"cpu": "onnxruntime", "openvino": "openvino"}
 
@@ -201,26 +203,40 @@ def torch_row(
     return found | {"fresh": sum(found[part] for part in PARTS)}
 
 
+def measures_of(args: argparse.Namespace) -> Measures:
+    """What was measured before with the same options and libraries."""
+    settings = {
+        "precision": args.precision,
+        "timed_steps": args.steps,
+        "threads": args.threads,
+        "versions": {name: version(name) for name in ("torch", *LIBRARIES.values())},
+    }
+    return Measures(args.out / "picture-measures.json", settings)
+
+
 def measure(args: argparse.Namespace, bundles: dict[str, Path], png: Path) -> list[dict[str, Any]]:
     """A row per model, case and contender: medians over the rounds, in which all take turns."""
     kinds = ["eager"] if args.quick else ["eager", "compile"]
     converged = QUICKLY_CONVERGED if args.quick else CONVERGED
-    rows = []
+    rows, measures = [], measures_of(args)
     for (model, bundle), case in product(bundles.items(), args.cases):
-        fewest = alone(partial(evaluations, bundle, case[0], converged))
+        where = f"{model} {size_name(case[0])} -> {size_name(case[1])}"
+        made_of = read_manifest(bundle).checkpoint
+        kind = where if made_of is None else f"{where}, checkpoint {made_of.sha256}"
+        count = partial(alone, partial(evaluations, bundle, case[0], converged))
+        fewest = measures.take(kind, f"evaluations, {converged} converged", count)
         works: dict[str, tuple[str, Callable[[], dict[str, float]]]] = {}
         for provider in args.providers:
             steps = fewest["ours"][0]
             name = f"ours, {LIBRARIES[provider]}"
             works[name] = "ours", partial(our_row, args, bundle, provider, case, steps, png)
-        for kind, table in product(kinds, ("DDIM", "2M")):
-            own = (args, model == "shipped", table, kind == "compile", case, fewest[table][0])
-            works[f"torch {kind}, {table}"] = table, partial(torch_row, *own)
-        turns = [name for _ in range(args.rounds) for name in works]
+        for mode, table in product(kinds, ("DDIM", "2M")):
+            own = (args, model == "shipped", table, mode == "compile", case, fewest[table][0])
+            works[f"torch {mode}, {table}"] = table, partial(torch_row, *own)
+        turns = [*product(range(1, args.rounds + 1), works)]
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in works}
-        where = f"{model} {size_name(case[0])} -> {size_name(case[1])}"
-        for name in Bar(turns, desc=where, unit="run"):
-            taken[name].append(works[name][1]())
+        for number, name in Bar(turns, desc=where, unit="run"):
+            taken[name].append(measures.take(kind, f"{name}, round {number}", works[name][1]))
         for name, runs in taken.items():
             count, quality = fewest[works[name][0]]
             row = {"model": model, "latent": size_name(case[0]), "image": size_name(case[1])}

@@ -16,6 +16,7 @@ from benchmarks.contenders import GEMM_ROWS, Contender, Measured, Prepared, Size
 from runtime.bundle.manifest import Array
 from runtime.engines import HISTORY, Engine, EngineOptions
 from runtime.memory import peak_resident, resident
+from runtime.progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -221,8 +222,6 @@ def open_plan(
 
 def build_plan(prepared: Prepared, contender: Contender) -> tuple[bytes, Any]:
     """The plan of a contender's graph for the GPU at hand, as bytes and its entry."""
-    from tqdm import tqdm
-
     from export.plans import Job, PlanBuilder
     from export.to_plan import default_flavour, resolve_targets
     from runtime.engines.tensorrt import load_library
@@ -239,6 +238,6 @@ def build_plan(prepared: Prepared, contender: Contender) -> tuple[bytes, Any]:
     graph = contender.graph
     job = Job(graph, prepared.specs[graph], prepared.file(graph).read_bytes(), profiles)
     tf32 = contender.precision == "tf32"
-    with tqdm(total=1.0, disable=True) as bar:
+    with Bar(total=1.0, leave=False, disable=True) as bar:
         builder = PlanBuilder(library, flavour, targets, prepared.folder, bar, 0, tf32=tf32)
         return builder.plan(job)

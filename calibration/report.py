@@ -1,14 +1,15 @@
 """What a precision costs and gains: python -m calibration.report build/mnist.
 
 Per precision and size: eps error over t on fp32's own trajectory, drift of a trajectory, PSNR of
-the final images and of R2IR's reconstructions against fp32 with the same seed, digits read right;
-file sizes, seconds per step and peak memory on each engine here. fp16 and bf16 are judged by
-`calibration.half`'s emulation. The verdict is a rule: see VERDICTS.
+the final images, of R2IR's reconstructions and of what it renders in tiles against fp32 with the
+same seed, digits read right; file sizes, seconds per step and peak memory on each engine here. fp16
+and bf16 are judged by `calibration.half`'s emulation. The verdict is a rule: see VERDICTS.
 """
 
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
 from runtime.images.pixels import contact_sheet, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import Progress
+from runtime.pipeline.tiles import SAMPLE
 from runtime.progress import Bar
 from runtime.sampling.labels import Labels
 from runtime.sampling.request import Request
@@ -144,6 +146,7 @@ def quality(
                 "drift": rounded([rms_error({"x": a}, {"x": b}) for a, b in pairs]),
                 "psnr_db": round(psnr(made.images, fp32.images), 2),
                 **reconstruction(own, pipelines["fp32"], fp32.images, size),
+                **rendering(own, pipelines["fp32"], fp32.latents[-1][:1]),
             }
             rows.append(made.images)
     sheet = contact_sheet(to_uint8(np.concatenate(rows)), len(fp32.images))
@@ -161,6 +164,21 @@ def reconstruction(own: Bundle, fp32: Bundle, images: Array, size: Size) -> dict
         "r2ir_mse": float(f"{np.mean(np.square(made - images)):.3e}"),
         "r2ir_mse_fp32": float(f"{np.mean(np.square(wanted - images)):.3e}"),
         "r2ir_psnr_db": round(psnr(made, wanted), 2),
+    }
+
+
+def rendering(own: Bundle, fp32: Bundle, latent: Array) -> dict[str, float]:
+    """How far an image that is drawn in tiles is from fp32's of the same latent `[1, C, H, W]`.
+
+    PSNR, and the largest error of a pixel, where black and white are 2 apart.
+    """
+    height, width = fp32.interface.image_size((latent.shape[2], latent.shape[3]))
+    factor = 1 + int(SAMPLE / math.sqrt(height * width))  # beyond the sample there are tiles
+    size = factor * height, factor * width
+    made, wanted = own.decode(latent, size), fp32.decode(latent, size)
+    return {
+        "render_psnr_db": round(psnr(made, wanted), 2),
+        "render_largest_error": float(f"{np.abs(made - wanted).max():.3e}"),
     }
 
 
@@ -229,7 +247,7 @@ def draw_errors(report: dict[str, Any], path: Path) -> None:
 def as_text(report: dict[str, Any]) -> str:
     """The report's tables."""
     rows: list[list[object]] = [
-        ["precision", "size", "eps error", "drift", "PSNR", "R2IR PSNR", "digits"]
+        ["precision", "size", "eps error", "drift", "PSNR", "R2IR PSNR", "render PSNR", "digits"]
     ]
     for name, own in report["precisions"].items():
         for size, row in own["sizes"].items():
@@ -239,6 +257,7 @@ def as_text(report: dict[str, Any]) -> str:
                     *(name, size, f"{np.sqrt(np.mean(np.square(row['eps_error_over_t']))):.1e}"),
                     *(f"{row['drift'][-1]:.1e}", f"{row['psnr_db']:.1f} dB"),
                     f"{row['r2ir_psnr_db']:.1f} dB",
+                    f"{row['render_psnr_db']:.1f} dB",
                     "" if digits is None else f"{digits:.1%}",
                 ]
             )

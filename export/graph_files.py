@@ -1,8 +1,11 @@
 """One graph of a bundle: its files, their specs and their parity with PyTorch."""
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnxruntime
 from msgspec.structs import replace
 
 from export.chunk import chunk_ffn
@@ -22,11 +25,47 @@ def make_graph(
     """A graph's spec and that of its form for ONNX Runtime on a CPU, if it has one."""
     model = onnx_from_source(source, sides_of(source, interface))
     spec = write_graph(source, model, folder / f"{source.name}.onnx", interface)
+    own = for_cpu(model)
+    if own is None:
+        return spec, None
+    return spec, write_graph(source, own, folder / f"{source.name}.cpu.onnx", interface)
+
+
+def for_cpu(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A graph's form for ONNX Runtime on a CPU; None where it has nothing to run in chunks."""
     chunked = chunk_ffn(model)
     chunked = chunk_attention(chunked or model) or chunked
-    if chunked is None:
-        return spec, None
-    return spec, write_graph(source, chunked, folder / f"{source.name}.cpu.onnx", interface)
+    return None if chunked is None else optimised(chunked)
+
+
+def optimised(model: onnx.ModelProto) -> onnx.ModelProto:
+    """What ONNX Runtime makes of a graph as it opens it: the half of its time that need not recur.
+
+    Up to the level whose ops are the same on every processor.
+    """
+    settings = onnxruntime.SessionOptions()
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        settings.optimized_model_filepath = str(path)
+        data, providers = model.SerializeToString(), ["CPUExecutionProvider"]
+        onnxruntime.InferenceSession(data, settings, providers=providers)
+        made = onnx.load_model(path)
+    used = {node.domain for node in nodes_of(made.graph)}
+    named = [entry for entry in made.opset_import if entry.domain in used]
+    del made.opset_import[:]  # the library names all that it knows
+    made.opset_import.extend(named)
+    onnx.checker.check_model(made)
+    return made
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node of a graph and of the graphs inside its nodes."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
 
 
 def write_graph(

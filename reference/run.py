@@ -123,7 +123,7 @@ class Run:
                     bar.update()
                     if step % 20 == 0:
                         last = [value for _, value in rows[-100:]]
-                        bar.set_postfix(loss=f"{sum(last) / len(last):.4f}")
+                        bar.set_postfix_str(f"loss={sum(last) / len(last):.4f}")
                     stop = step == self.steps or cli.signalled()
                     if stop or step % self.speed.save_every == 0:
                         seconds = time.monotonic() - start

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import gc
 import logging
 import os
 import re
@@ -118,6 +119,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
             error = memory_error(error)
         print(printable(f"{parser.prog}: error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
+    gc.freeze()  # what is left goes with the process: to look through it takes as long as a decode
     sys.exit(0)
 
 

@@ -124,8 +124,9 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
             return open_engine(manifest, graph, options)
     from runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    if options.provider == "cpu" and spec.precision == "fp32":
-        spec = manifest.for_cpu.get(graph, spec)
+    for_cpu = options.provider == "cpu" and spec.precision == "fp32" and graph in manifest.for_cpu
+    if for_cpu:
+        spec = manifest.for_cpu[graph]
     plan = manifest.plan(graph, options.form)
     profiles = plan.profiles if plan else ()
     ranges = profile_options(options.provider, spec, profiles)
@@ -135,4 +136,4 @@ def open_engine(manifest: Manifest, graph: str, options: EngineOptions) -> Engin
         spec = msgspec.structs.replace(spec, ranges=spec.ranges | legal)
         own = ranges | dict(options.provider_options)
         options = replace(options, provider_options=own)
-    return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options)
+    return OnnxRuntimeEngine(spec, manifest.file_bytes(spec), options, optimised=for_cpu)

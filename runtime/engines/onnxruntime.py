@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,19 @@ from runtime.providers import PROVIDERS, Provider
 if TYPE_CHECKING:
     import onnxruntime
 
+_importing = threading.Lock()
+ONCE = ("size", "schedule", "prompt")  # lifetimes of graphs that run once in a request
+
 
 def load_library() -> Any:
     """Import onnxruntime; raises IncompatibleError with the command that installs it.
 
-    Raises ResourceError where there is no memory for it.
+    Raises ResourceError where there is no memory for it. By one thread at a time: beside an
+    import that fails, another would get half a module.
     """
     try:
-        import onnxruntime
+        with _importing:
+            import onnxruntime
     except ImportError as error:
         if is_out_of_memory(error):
             raise memory_error(error, "onnxruntime cannot be imported: ") from None
@@ -40,20 +46,24 @@ class OnnxRuntimeEngine:
 
     `provider` is the one that runs it. Raises ArtefactError for a graph that is none or reaches
     outside its file, IncompatibleError where the provider is missing, fails to open the graph or
-    leaves all of it to another, unless `allow_fallback` lets the CPU step in.
+    leaves all of it to another, unless `allow_fallback` lets the CPU step in. `optimised`: the
+    graph is as the library would make it, which takes it as long as all else that it does to open
+    one.
     """
 
-    def __init__(self, spec: GraphSpec, model: bytes, options: EngineOptions):
+    def __init__(
+        self, spec: GraphSpec, model: bytes, options: EngineOptions, optimised: bool = False
+    ):
         check_self_contained(model, spec.file)
         self.spec = spec
         self.session: onnxruntime.InferenceSession
         try:
-            self.session = _open(spec, model, options)
+            self.session = _open(spec, model, options, optimised)
         except IncompatibleError:
             if not options.allow_fallback:
                 raise
             options = replace(options, provider="cpu", provider_options={})
-            self.session = _open(spec, model, options)
+            self.session = _open(spec, model, options, optimised)
         self.provider = options.provider
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         check_interface(spec, *({t.name: t.shape for t in own} for own in (inputs, outputs)))
@@ -78,15 +88,18 @@ class OnnxRuntimeEngine:
         return dict(zip(names, values, strict=True))
 
 
-def _open(spec: GraphSpec, model: bytes, options: EngineOptions) -> Any:
+def _open(spec: GraphSpec, model: bytes, options: EngineOptions, optimised: bool) -> Any:
     """A session that runs on the provider asked for and nowhere else; see OnnxRuntimeEngine."""
     library = load_library()
     provider = PROVIDERS[options.provider]
     settings = library.SessionOptions()
-    settings.intra_op_num_threads = options.threads
+    # What runs once is over before a pool of threads is up, which would spin beside the steps.
+    settings.intra_op_num_threads = 1 if spec.lifetime in ONCE else options.threads
     settings.log_severity_level = 3
     # A pattern is a block for a whole run, beside the arena that the first run grew for the same.
     settings.enable_mem_pattern = False
+    if optimised:
+        settings.graph_optimization_level = library.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     chosen = _choose(library, settings, options)
     try:  # enable_fallback: the library's own way to the CPU, also in the middle of a run

@@ -27,6 +27,7 @@ def test_the_command(
     assert own["sizes"].keys() == {"4x4", "3x5"}
     row = own["sizes"]["3x5"]
     assert len(row["eps_error_over_t"]) == 3 and len(row["drift"]) == 4 and row["drift"][0] == 0
+    assert "render PSNR" in done.stdout and row["render_psnr_db"] > 0
     assert 0 < max(row["eps_error_over_t"][1:]) < 0.2 and max(row["drift"]) > 0
     assert own["files"]["times_fp32"] < 1 and own["layers"].keys() == set(HEAVY)
     speed = found["speed"]["cpu"]["4x4"]
@@ -49,6 +50,24 @@ def test_psnr_is_of_images_drawn_with_the_same_seed(quantized_bundle: Path, tmp_
         ).images
     error = np.square(images["fp32"] - images["int8w"]).mean()
     assert found["psnr_db"] == pytest.approx(10 * np.log10(4 / max(error, 4e-20)), abs=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_render_is_judged_in_tiles_of_its_precision(
+    quantized_bundle: Path, precision: str
+) -> None:
+    manifest = read_manifest(quantized_bundle)
+    own, fp32 = report.Judged(manifest, precision), report.Judged(manifest, "fp32")
+    latent = np.random.default_rng(0).uniform(-1, 1, (1, 4, 3, 5)).astype(np.float32)
+    found = report.rendering(own, fp32, latent)
+    assert {("r2ir_render", precision), ("r2ir_render", "fp32")} <= {
+        *own.engines.opened,
+        *fp32.engines.opened,
+    }
+    if precision == "fp32":
+        assert found == {"render_psnr_db": 200.0, "render_largest_error": 0.0}
+    else:
+        assert 0 < found["render_psnr_db"] < 150 and 0 < found["render_largest_error"] <= 2
 
 
 def test_the_verdict_is_a_rule() -> None:

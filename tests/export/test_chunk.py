@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 
 from export.chunk import FEWEST_ROWS, chunk_ffn
+from export.graph_files import nodes_of, optimised
 from runtime.bundle.manifest import Array, Manifest, read_manifest, relative_error
 from runtime.engines import EngineOptions, open_engine
 
@@ -62,9 +63,22 @@ def test_only_fp32_on_the_cpu_runs_in_chunks(
     opened = []
     monkeypatch.setattr(
         "runtime.engines.onnxruntime.OnnxRuntimeEngine",
-        lambda spec, *rest: opened.append(spec.file),
+        lambda spec, *_, optimised: opened.append((spec.file, optimised)),
     )
     open_engine(manifest, "r2id", EngineOptions())
     open_engine(manifest, "r2id", EngineOptions("cuda"))
     open_engine(manifest, "r2id_film", EngineOptions())
-    assert opened == ["r2id.cpu.onnx", "r2id.onnx", "r2id_film.onnx"]
+    assert opened == [("r2id.cpu.onnx", True), ("r2id.onnx", False), ("r2id_film.onnx", False)]
+
+
+def test_the_form_for_cpus_is_what_the_library_would_make_of_it(manifest: Manifest) -> None:
+    form = onnx.load_from_string(manifest.file_bytes(manifest.for_cpu["r2id"]))
+    again, chunked = optimised(form), chunk_ffn(load(manifest, "r2id"))
+    kinds = [node.op_type for node in nodes_of(form.graph)]
+    assert kinds == [node.op_type for node in nodes_of(again.graph)]
+    assert chunked is not None
+    assert kinds != [node.op_type for node in nodes_of(chunked.graph)]
+    feed = inputs(manifest, 9, 5)
+    opened = open_engine(manifest, "r2id", EngineOptions())
+    session = onnxruntime.InferenceSession(chunked.SerializeToString())
+    assert np.array_equal(opened.run(feed)["eps"], session.run(None, feed)[0])

@@ -1,7 +1,10 @@
 """What commands say, and where: names of files, defaults, notes, usage errors, logs."""
 
 import importlib
+import io
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,27 @@ def test_logs_have_plain_lines_and_a_word_before_hours(
     assert "train: 6 of 1000 step, loss=0.1, 166 min left" in lines.replace("2 h 46 min", "166 min")
     assert "\r" not in lines and 1 <= lines.count("\n") <= 3
     assert [*progress.Bar([1, 2, 3], desc="walk")] == [1, 2, 3]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    with progress.Bar(total=3, desc="graphs", unit="graph", mininterval=0) as bar:
+        bar.set_postfix_str("r2id")
+        bar.update()
+        bar.n = 2.5
+        bar.refresh()
+        progress.Bar.write("a line", file=terminal)
+    drawn = terminal.getvalue()
+    assert "1/3" in drawn and "2.5/3" in drawn and "r2id" in drawn and "a line\n" in drawn
+    assert "spent" not in drawn
+
+
+def test_a_log_needs_no_library_of_bars() -> None:
+    code = "import sys, runtime.progress as p; [*p.Bar([1, 2])]; print('tqdm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n" and "work: 2 of 2 it" in done.stderr
 
 
 def test_a_request_far_outside_of_the_training_is_said(own_bundle: Path, command: Command) -> None:

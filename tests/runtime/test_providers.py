@@ -127,7 +127,8 @@ def test_an_engine_gets_the_profiles_of_its_plan(
     opened: list[tuple[GraphSpec, Mapping[str, str]]] = []
 
     class Recorder:
-        def __init__(self, spec: GraphSpec, model: bytes, options: EngineOptions):
+        def __init__(self, spec: GraphSpec, model: bytes, options: EngineOptions, optimised: bool):
+            assert not optimised
             opened.append((spec, options.provider_options))
 
     monkeypatch.setattr(engine_module, "OnnxRuntimeEngine", Recorder)
