@@ -20,6 +20,7 @@ COMMANDS = {
 }
 FIRST = "python -m runtime generate --label 7"
 MORE = {
+    "serving": "a server of pictures: OpenAI's and A1111's interfaces, a page",
     "export": "checkpoint → bundle",
     "export.to_plan": "graphs → TensorRT plans",
     "export.wheel": "the runtime and a bundle as one wheel",

@@ -19,6 +19,7 @@ from runtime.memory import memory_error
 from runtime.providers import PROVIDERS
 
 if TYPE_CHECKING:
+    from runtime.engines import EngineOptions
     from runtime.pipeline.bundle import Bundle
 
 # Of a bundle's graphs; int8w and fp8 are weights alone, int8 the tokens they meet as well.
@@ -149,8 +150,15 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that opens a bundle; `open_bundle` reads them."""
+    engine = "a bundle's folder, or a file in it"
+    parser.add_argument("--engine", type=Path, default=DEFAULT_ENGINE, help=engine)
+    add_provider_options(parser)
+    parser.add_argument("--expect-sha256", help="refuse a manifest of any other SHA-256")
+
+
+def add_provider_options(parser: argparse.ArgumentParser) -> None:
+    """What runs a bundle's graphs; `engine_options` reads them."""
     add = parser.add_argument
-    add("--engine", type=Path, default=DEFAULT_ENGINE, help="a bundle's folder, or a file in it")
     add("--provider", choices=tuple(PROVIDERS), default="cpu", help="what runs the graphs (cpu)")
     add(
         "--provider-option",
@@ -167,7 +175,6 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--allow-fallback", action="store_true", help="accept the CPU where --provider fails")
     add("--threads", type=number(0, 1024, int), default=0, help="CPU threads (0: all cores)")
-    add("--expect-sha256", help="refuse a manifest of any other SHA-256")
 
 
 def add_ground(parser: argparse.ArgumentParser) -> None:
@@ -212,17 +219,22 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
 
 def open_bundle(args: argparse.Namespace) -> "Bundle":
     """The bundle that `add_engine_options` asked for; see `runtime.open_bundle`."""
-    from runtime.engines import EngineOptions
     from runtime.pipeline.bundle import open_bundle
 
-    options = EngineOptions(
+    return open_bundle(args.engine, engine_options(args), args.expect_sha256)
+
+
+def engine_options(args: argparse.Namespace) -> "EngineOptions":
+    """What `add_provider_options` was given."""
+    from runtime.engines import EngineOptions
+
+    return EngineOptions(
         args.provider,
         args.allow_fallback,
         args.threads,
         dict(args.provider_option),
         args.precision or "fp32",
     )
-    return open_bundle(args.engine, options, args.expect_sha256)
 
 
 def picture_name(path: Path) -> Path:

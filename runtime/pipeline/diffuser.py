@@ -108,7 +108,8 @@ class Diffuser:
     def noise(self, request: Request, latent: Size) -> NoiseStreams:
         """The noise of a request's images at a latent size."""
         shape = (self.manifest.interface.latent_channels, *latent)
-        return NoiseStreams(request.seed, request.indices, shape, request.noise)
+        seeds, indices = zip(*request.noise_keys, strict=True)
+        return NoiseStreams(seeds, indices, shape, request.noise)
 
     def guidance(self, request: Request, table: Table) -> Guidance:
         """The conditions of a request and their weights in each step of its table."""

@@ -42,21 +42,29 @@ class NoiseStreams:
     """Standard normal noise for several images, float32, in numbered draws."""
 
     def __init__(
-        self, seed: int, indices: Sequence[int], shape: tuple[int, int, int], kind: str = COHERENT
+        self,
+        seed: int | Sequence[int],
+        indices: Sequence[int],
+        shape: tuple[int, int, int],
+        kind: str = COHERENT,
     ):
-        """`seed` and `indices` in 0 … 2^63 - 1; one image's `shape`; `kind` one of `KINDS`."""
-        self.seed, self.indices, self.shape = seed, indices, shape
+        """`seed` (one, or one per image) and `indices` in 0 … 2^63 - 1; one image's `shape`.
+
+        `kind` is one of `KINDS`.
+        """
+        seeds = seed if isinstance(seed, Sequence) else [seed] * len(indices)
+        self.keys, self.shape = [*zip(seeds, indices, strict=True)], shape
         self.field = Field(shape) if kind == COHERENT else None
 
     def draw(self, number: int = 0) -> NDArray[np.float32]:
         """Noise `[B, C, H, W]`; 0 is what a picture starts from, n + 1 what step n may add."""
-        return np.stack([self._one(index, number) for index in self.indices])
+        return np.stack([self._one(*key, number) for key in self.keys])
 
-    def _one(self, index: int, number: int) -> NDArray[np.float32]:
+    def _one(self, seed: int, index: int, number: int) -> NDArray[np.float32]:
         if self.field is not None:
-            a, b = np.random.SeedSequence(self.seed, spawn_key=(index,)).generate_state(2)
+            a, b = np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(2)
             return self.field.draw((int(a), int(b)), number)
-        key = np.random.SeedSequence(self.seed, spawn_key=(number, *self.shape, index))
+        key = np.random.SeedSequence(seed, spawn_key=(number, *self.shape, index))
         return np.random.Generator(np.random.Philox(key)).standard_normal(self.shape, np.float32)
 
 

@@ -29,12 +29,12 @@ class Request:
     A label is a name or a number, a tuple of such of several parts, a mapping of these to weights,
     or None for no condition.
 
-    Image i has the noise of (seed, first_index + i), of the kind `noise`. `steps` evaluations are
-    made by `solver` over `spacing` (None: the solver's own numbers of both). guidance_scale 1 runs
-    the condition alone, 0 the null condition alone; at t outside `guidance_interval` it is 1. With
-    `continue_at` the steps from `continue_from` on (default: half of them) run at that larger
-    latent, which takes one evaluation more. `image` defaults to the training ratio of the largest
-    latent.
+    Image i has the noise of (seed, first_index + i), or of pair i of `keys` where requests are
+    drawn together, of the kind `noise`. `steps` evaluations are made by `solver` over `spacing`
+    (None: the solver's own numbers of both). guidance_scale 1 runs the condition alone, 0 the null
+    condition alone; at t outside `guidance_interval` it is 1. With `continue_at` the steps from
+    `continue_from` on (default: half of them) run at that larger latent, which takes one
+    evaluation more. `image` defaults to the training ratio of the largest latent.
 
     `init` is a picture to begin with, float32 `[1 or B, c, h, w]` in [-1, 1] of any size, with the
     noise of t = `strength` (0 to 1, default STRENGTH): as many of the steps are made as are left
@@ -62,6 +62,7 @@ class Request:
     strength: float | None = None
     mask: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
     seam: int | None = None
+    keys: Sequence[tuple[int, int]] | None = None
 
     @property
     def start_time(self) -> float:
@@ -94,9 +95,11 @@ class Request:
         return SOLVERS[self.solver].steps if self.steps is None else self.steps
 
     @property
-    def indices(self) -> range:
-        """What names the images' noise."""
-        return range(self.first_index, self.first_index + len(self.labels))
+    def noise_keys(self) -> Sequence[tuple[int, int]]:
+        """(seed, index) of each image's noise."""
+        if self.keys is not None:
+            return self.keys
+        return [(self.seed, self.first_index + i) for i in range(len(self.labels))]
 
     @property
     def largest(self) -> Size:
@@ -153,6 +156,7 @@ class Request:
             if not low <= value <= high:
                 raise UsageError(f"{name} is {value}; expected {low} to {high}")
         Labels(interface.labels, interface.parts).of_images(self.labels)
+        self.check_keys()
         self.check_edit()
         self.check_continuation()
 
@@ -189,6 +193,20 @@ class Request:
             raise UsageError(
                 "continue_at is given with init; expected one of them: an edit has one latent. "
                 "For a larger one pass latent"
+            )
+
+    def check_keys(self) -> None:
+        """Raise UsageError where `keys` are no pair per image."""
+        whole = all(
+            isinstance(key, tuple)
+            and len(key) == 2
+            and all(isinstance(n, Integral) and 0 <= n <= LARGEST_SEED for n in key)
+            for key in self.noise_keys
+        )
+        if not whole or len(self.noise_keys) != len(self.labels):
+            raise UsageError(
+                f"keys are {self.keys!r}; expected (seed, index) for each of the "
+                f"{len(self.labels)} images, numbers from 0 to {LARGEST_SEED}"
             )
 
     def check_continuation(self) -> None:

@@ -1,0 +1,43 @@
+"""What one request may ask of the server; given when it starts."""
+
+from dataclasses import dataclass
+
+from runtime.bundle.interface import Size, size_name
+from runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a request: `pixels` and latent `cells` of a picture, `steps`, `images`, `body`.
+
+    `body` is in bytes; `seconds` is the time from a request's arrival to its last picture; `queue`
+    is how many pictures may wait; `batch` how many are diffused at once.
+    """
+
+    pixels: int = 1 << 22
+    cells: int = 1 << 12
+    steps: int = 100
+    images: int = 16
+    body: int = 32_000_000
+    seconds: float = 120.0
+    queue: int = 64
+    batch: int = 8
+
+    def check(self, images: int, image: Size, latent: Size, steps: int) -> None:
+        """Raise UsageError, naming the option of the server, for what exceeds a limit."""
+        found = {
+            "--max-images": (f"{images} pictures are asked for", images, self.images),
+            "--max-pixels": (f"a picture of {size_name(image)} pixels", _area(image), self.pixels),
+            "--max-cells": (f"a latent of {size_name(latent)} cells", _area(latent), self.cells),
+            "--max-steps": (f"{steps} steps are asked for", steps, self.steps),
+        }
+        for option, (what, value, most) in found.items():
+            if value > most:
+                raise UsageError(
+                    f"{what}; expected at most {most} in all. Ask for less, or start the server "
+                    f"with a larger {option}"
+                )
+
+
+def _area(size: Size) -> int:
+    return size[0] * size[1]

@@ -1,0 +1,161 @@
+"""`/v1`: images in OpenAI's shape, with `seed`, `num_inference_steps`, `latent` … at top level.
+
+Source of the shape: OpenAI's API reference, "Images", and the types of its Python package.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from serving.asked import Asked
+from serving.encode import Format, base64_of, encode
+from serving.errors import as_api_error, body_of
+from serving.jobs import Drawn, Job, Preview
+from serving.pictures import Picture, read_size, write_size
+from serving.requests import answered, read_json
+from serving.service import Service
+
+
+class Generation(Struct):
+    """The body of a request for images; what other servers take besides is ignored."""
+
+    prompt: str
+    model: str | None = None
+    n: int | None = None
+    size: str | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Format | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Meta(ge=0, le=100)] | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    latent: str | None = None
+    eta: float | None = None
+    solver: str | None = None
+
+    def asked(self) -> Asked:
+        """By the runtime's names."""
+        return Asked(
+            self.prompt,
+            self.model,
+            1 if self.n is None else self.n,
+            None if self.size in (None, "auto") else read_size("size", self.size),
+            None if self.latent in (None, "auto") else read_size("latent", self.latent),
+            self.num_inference_steps,
+            self.guidance_scale,
+            self.eta,
+            self.solver,
+            self.seed,
+        )
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models."""
+    service: Service = request.app.state.service
+    return JSONResponse({"object": "list", "data": [*map(service.described, service.models)]})
+
+
+async def model(request: Request) -> Response:
+    """GET /v1/models/NAME."""
+    service: Service = request.app.state.service
+    name = Asked(None, request.path_params["name"]).chosen(service.models).name
+    return JSONResponse(service.described(name))
+
+
+async def generations(request: Request) -> Response:
+    """POST /v1/images/generations."""
+    service: Service = request.app.state.service
+    body = await read_json(request, Generation)
+    job = service.submit(body.asked(), (body.partial_images or 0) if body.stream else 0)
+    return await respond(request, job, body, "image_generation")
+
+
+async def respond(request: Request, job: Job, body: Generation, kind: str) -> Response:
+    """A job's pictures as one answer, or as they come."""
+    form: Format = body.output_format or "png"
+    if body.stream:
+        events = stream(request.app.state.service, job, form, kind)
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+    service: Service = request.app.state.service
+    drawn = await answered(request, job)
+    files = await asyncio.to_thread(
+        lambda: [
+            service.file(pixels, form, picture)
+            for pixels, picture in zip(drawn.values(), job.pictures, strict=True)
+        ]
+    )
+    data: list[dict[str, Any]] = []
+    for file, picture in zip(files, job.pictures, strict=True):
+        if body.response_format == "url":
+            place = service.shelf.put(file, f"image/{form}")
+            own = {"url": str(request.url_for("picture", name=place))}
+        else:
+            own = {"b64_json": base64_of(file)}
+        data.append(own | described(picture))
+    size = write_size(job.pictures[0].settings.image)
+    return JSONResponse(
+        {"created": int(time.time()), "data": data, "output_format": form, "size": size}
+    )
+
+
+def described(picture: Picture) -> dict[str, Any]:
+    """What OpenAI's answer has no place for: what the picture can be drawn again from."""
+    return {"seed": picture.seed, "index": picture.index}
+
+
+async def stream(service: Service, job: Job, form: Format, kind: str) -> AsyncIterator[str]:
+    """Server-sent events: each preview, then each picture, or what went wrong."""
+    previews = 0
+    try:
+        async with contextlib.aclosing(job.news()) as news:
+            async for one in news:
+                picture = job.pictures[one.number]
+                if isinstance(one, Preview):
+                    data = await asyncio.to_thread(encode, one.pixels, "png")
+                    own: dict[str, Any] = {
+                        "partial_image_index": previews,
+                        "step": one.step,
+                        "steps": one.steps,
+                    }
+                    previews += 1
+                else:
+                    data = await asyncio.to_thread(service.file, one.pixels, form, picture)
+                    own = {"usage": USAGE}
+                name = f"{kind}.{'completed' if isinstance(one, Drawn) else 'partial_image'}"
+                event = {
+                    "type": name,
+                    "b64_json": base64_of(data),
+                    "created_at": int(time.time()),
+                    "size": write_size(picture.settings.image),
+                    "output_format": form if isinstance(one, Drawn) else "png",
+                    "quality": "auto",
+                    "background": "opaque",
+                    **described(picture),
+                }
+                yield sent(name, event | own)
+    except Exception as error:
+        yield sent("error", body_of(as_api_error(error)))
+
+
+# Clients expect the counts; no picture of ours takes tokens.
+USAGE = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+
+
+def sent(name: str, content: dict[str, Any]) -> str:
+    """One server-sent event."""
+    return f"event: {name}\ndata: {msgspec.json.encode(content).decode()}\n\n"

@@ -1,0 +1,171 @@
+"""What pictures are asked for, by bundles' names, and how they are drawn together.
+
+Sizes are (height, width) everywhere; HTTP's WIDTHxHEIGHT is read and written here alone.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle.interface import Interface, Size
+from runtime.errors import StoppedError, UsageError
+from runtime.generate import DEFAULTS, describe, resolve, settings
+from runtime.images.pixels import to_uint8
+from runtime.images.png import Rows
+from runtime.pipeline.bundle import Bundle
+from runtime.pipeline.diffuser import OnStep
+from runtime.sampling.labels import Label, Labels
+from runtime.sampling.request import Request
+
+# Latent cells that are diffused at once: beyond these a step's products fill a processor's caches
+# by themselves, and a batch is no faster than one picture after another; see docs/serving.md.
+BATCH_CELLS = 512
+SIZE = re.compile(r"(\d{1,7})x(\d{1,7})")
+
+
+def read_size(name: str, text: str) -> Size:
+    """WIDTHxHEIGHT, as HTTP's clients write sizes, as (height, width); raises UsageError."""
+    match = SIZE.fullmatch(text.strip().lower())
+    if not match or 0 in (size := (int(match[2]), int(match[1]))):
+        raise UsageError(f"{name} is {text!r}; expected WIDTHxHEIGHT, as in 512x256, or auto")
+    return size
+
+
+def write_size(size: Size) -> str:
+    """(height, width) as WIDTHxHEIGHT."""
+    return f"{size[1]}x{size[0]}"
+
+
+def latent_for(interface: Interface, image: Size) -> Size:
+    """The latent that a picture of a size is drawn from where none is asked for.
+
+    The training's ratio, but no more cells than the bundle's default: what a picture holds was
+    learnt around that size, and a resampler draws any number of pixels from it.
+    """
+    own = interface.latent_size(image)
+    if not interface.decoupled:
+        return own
+    default = math.prod(interface.default_latent)
+    shrink = min(1.0, math.sqrt(default / math.prod(own)))
+    height, width = (interface.latent_sides.nearest(round(side * shrink)) for side in own)
+    return height, width
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What pictures of one batch share, image aside; `spacing` is the solver's own."""
+
+    latent: Size
+    image: Size
+    steps: int
+    guidance_scale: float = 2.0
+    eta: float = 0.0
+    solver: str = DEFAULTS["solver"]
+    noise: str = DEFAULTS["noise"]
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture of a bundle: its label by numbers, and (seed, index) of its noise."""
+
+    model: "Model"
+    settings: Settings
+    label: Label
+    seed: int
+    index: int
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The request as `runtime.generate` writes it into a PNG."""
+        own = self.settings
+        wanted = DEFAULTS | {
+            "label": [self.label],
+            "latent": own.latent,
+            "image": own.image,
+            "steps": own.steps,
+            "guidance": own.guidance_scale,
+            "eta": own.eta,
+            "solver": own.solver,
+            "noise": own.noise,
+            "seed": self.seed,
+            "first_index": self.index,
+        }
+        resolve(self.model.bundle, wanted)
+        return wanted
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What a PNG of this picture holds."""
+        return describe(self.model.bundle, self.recipe)
+
+    @cached_property
+    def together(self) -> tuple[Any, ...]:
+        """Pictures for which this is equal may be diffused as one batch.
+
+        Among them are as many conditions, since each image of a batch pays for the most that one
+        of them has.
+        """
+        labels = self.model.labels.read(self.label)
+        return id(self.model), replace(self.settings, image=self.settings.latent), len(labels)
+
+
+class Model:
+    """A bundle under the name that requests give."""
+
+    def __init__(self, name: str, bundle: Bundle):
+        self.name, self.bundle = name, bundle
+        self.interface = bundle.interface
+        self.labels = Labels(self.interface.labels, self.interface.parts)
+        self._most: dict[tuple[Any, ...], int] = {}
+
+    def request(self, pictures: Sequence[Picture]) -> Request:
+        """One batch of pictures for which `together` is equal."""
+        first = pictures[0]
+        each = settings(first.recipe) | {"image": None}
+        keys = [(picture.seed, picture.index) for picture in pictures]
+        return Request([picture.label for picture in pictures], **each, keys=keys)
+
+    def check(self, picture: Picture) -> None:
+        """Raise UsageError for a picture that the bundle cannot draw."""
+        self.bundle.check(replace(self.request([picture]), image=picture.settings.image))
+
+    def most(self, picture: Picture, limit: int) -> int:
+        """How many pictures like this one are diffused at once, `limit` at most.
+
+        As many as is faster than one by one, and as a plan's profile holds.
+        """
+        key = picture.together
+        if key not in self._most:
+            most = max(1, min(limit, BATCH_CELLS // math.prod(picture.settings.latent)))
+            while most > 1 and not self._fits([picture] * most):
+                most //= 2
+            self._most[key] = most
+        return self._most[key]
+
+    def _fits(self, pictures: Sequence[Picture]) -> bool:
+        try:
+            self.bundle.check(self.request(pictures))
+        except UsageError:
+            return False
+        return True
+
+    def diffuse(self, pictures: Sequence[Picture], on_step: OnStep) -> NDArray[np.float32]:
+        """The latents `[B, C, H, W]` of a batch; raises StoppedError where `on_step` says so."""
+        return self.bundle.diffuse(self.request(pictures), on_step)
+
+    def draw(
+        self, latent: NDArray[np.float32], size: Size, stopped: Callable[[], bool] = lambda: False
+    ) -> Rows:
+        """A latent `[1, C, H, W]` as uint8 `[h, w, c]`; raises StoppedError between two bands."""
+        bands = []
+        for band in self.bundle.resampler.draw(self.bundle.state(latent), size):
+            if stopped():
+                raise StoppedError("stopped while the picture was decoded")
+            bands.append(to_uint8(band))
+        return np.concatenate(bands)

@@ -1,0 +1,49 @@
+"""Requests read within limits, and answers that nobody waits for given up."""
+
+import asyncio
+import contextlib
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from runtime.images.png import Rows
+from serving.errors import ApiError
+from serving.jobs import Job
+
+Body = TypeVar("Body")
+
+
+async def read_json(request: Request, kind: type[Body]) -> Body:
+    """The body as `kind`; raises ApiError.
+
+    Only as application/json: a page of another origin cannot send that without being allowed.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        raise ApiError(415, "content_type", f"Content-Type is {media!r}; expected application/json")
+    try:
+        return msgspec.json.decode(await request.body(), type=kind, strict=False)
+    except msgspec.DecodeError as error:
+        raise ApiError(400, "invalid_json", f"the body is not as expected: {error}") from None
+
+
+async def answered(request: Request, job: Job) -> dict[int, Rows]:
+    """A job's pictures by their number; raises ApiError where the client goes away."""
+    drawing = asyncio.ensure_future(job.drawn())
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({drawing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not drawing.done():
+            raise ApiError(499, "client_gone", "the client went away")
+        return drawing.result()
+    finally:
+        for task in (drawing, leaving):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
