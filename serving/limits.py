@@ -25,6 +25,8 @@ class Limits:
 
     def check(self, images: int, image: Size, latent: Size, steps: int) -> None:
         """Raise UsageError, naming the option of the server, for what exceeds a limit."""
+        if steps < 1:
+            raise UsageError(f"steps is {steps}; expected 1 to {self.steps}")
         found = {
             "--max-images": (f"{images} pictures are asked for", images, self.images),
             "--max-pixels": (f"a picture of {size_name(image)} pixels", _area(image), self.pixels),
