@@ -81,7 +81,7 @@ def test_a_stream_has_previews_and_then_the_picture(client: openai.OpenAI, alone
     events = list(client.images.generate(**given, extra_body=extra))
     kinds = [event.type.partition(".")[2] for event in events]
     assert kinds == ["partial_image"] * 3 + ["completed"]
-    assert [event.step for event in events[:-1]] == [2, 4, 6]  # type: ignore[attr-defined]
+    assert [event.step for event in events[:-1]] == [2, 4, 6]
     assert [getattr(event, "partial_image_index", None) for event in events] == [0, 1, 2, None]
     last = pixels_of(events[-1].b64_json)
     assert last.shape[:2] == (64, 96) and events[-1].size == "96x64"

@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx2
 import numpy as np
-import pytest
 
 from tests.conftest import Command
 from tests.serving.conftest import LONG, Server, pixels_of, running
@@ -155,18 +154,17 @@ def test_a_token_is_needed_beyond_this_machine(
 def test_sigterm_finishes_what_was_accepted_and_refuses_what_comes(
     tiny_bundle: Path, alone: Draw
 ) -> None:
-    with running(tiny_bundle, "--max-steps", 10_000) as server:
-        with ThreadPoolExecutor(2) as pool:
-            drawing = pool.submit(server.draw, prompt="b", seed=1, num_inference_steps=1000)
-            waiting = pool.submit(server.draw, prompt="b", seed=1)
-            until(lambda: server.metric("r2_drawing_pictures") == 1)
-            until(lambda: server.metric("r2_queue_pictures") == 1)
-            code = pool.submit(server.stop)
-            until(lambda: refused(server))
-            assert drawing.result().status_code == 200
-            own = waiting.result().json()["data"][0]["b64_json"]
-            assert np.array_equal(pixels_of(own), alone("b", seed=1))
-            assert code.result() == (0, "stopped: all that was accepted is drawn\n")
+    with running(tiny_bundle, "--max-steps", 10_000) as server, ThreadPoolExecutor(2) as pool:
+        drawing = pool.submit(server.draw, prompt="b", seed=1, num_inference_steps=1000)
+        waiting = pool.submit(server.draw, prompt="b", seed=1)
+        until(lambda: server.metric("r2_drawing_pictures") == 1)
+        until(lambda: server.metric("r2_queue_pictures") == 1)
+        code = pool.submit(server.stop)
+        until(lambda: refused(server))
+        assert drawing.result().status_code == 200
+        own = waiting.result().json()["data"][0]["b64_json"]
+        assert np.array_equal(pixels_of(own), alone("b", seed=1))
+        assert code.result() == (0, "stopped: all that was accepted is drawn\n")
 
 
 def refused(server: Server) -> bool:
