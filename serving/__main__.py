@@ -92,7 +92,8 @@ def serve(args: argparse.Namespace) -> None:
             KeyboardInterrupt
         ):  # uvicorn raises the signal that ended it again
             uvicorn.Server(config).run([listener])
-    print("stopped: all that was accepted is drawn", file=sys.stderr)
+    if not args.quiet:
+        print("stopped: all that was accepted is drawn", file=sys.stderr)
 
 
 def read_token(path: Path | None) -> str | None:

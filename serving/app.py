@@ -145,6 +145,8 @@ ROUTES = [
     Route("/v1/models", openai.models),
     Route("/v1/models/{name}", openai.model),
     Route("/v1/images/generations", openai.generations, methods=["POST"]),
+    Route("/v1/images/edits", openai.edits, methods=["POST"]),
+    Route("/sdapi/v1/img2img", sdapi.image_to_image, methods=["POST"]),
     Route("/sdapi/v1/txt2img", sdapi.text_to_image, methods=["POST"]),
     Route("/sdapi/v1/sd-models", sdapi.sd_models),
     Route("/sdapi/v1/samplers", sdapi.samplers),

@@ -8,9 +8,10 @@ from runtime.bundle.interface import Size
 from runtime.errors import UsageError
 from runtime.sampling.choices import SOLVER, SOLVERS
 from runtime.sampling.labels import Label
+from serving.edits import Edit
 from serving.errors import ApiError
 from serving.limits import Limits
-from serving.pictures import Model, Picture, Settings, latent_for
+from serving.pictures import Model, Picture, Settings
 
 SEEDS = 1 << 32  # among which one is drawn by lot; every client's numbers hold it
 
@@ -32,6 +33,7 @@ class Asked:
     eta: float | None = None
     solver: str | None = None
     seed: int | None = None
+    edit: Edit | None = None
 
     def pictures(self, models: Mapping[str, Model], limits: Limits) -> list[Picture]:
         """Every picture, in the order of labels, checked; raises ApiError and UsageError."""
@@ -65,8 +67,13 @@ class Asked:
     def settings(self, model: Model) -> Settings:
         """What the pictures share, with the bundle's own sizes where none are asked for."""
         interface, image, latent = model.interface, self.image, self.latent
+        init = None if self.edit is None else self.edit.pixels["init"]
+        if init is not None and image is None and interface.decoupled:
+            image = init.shape[2], init.shape[3]
         if latent is None:
-            latent = latent_for(interface, image) if image else interface.default_latent
+            latent = (
+                interface.latent_of_picture(image) if image else model.bundle.default_latent(init)
+            )
         solver = SOLVER if self.solver is None else self.solver
         if solver not in SOLVERS:
             raise UsageError(f"solver is {solver!r}; expected {' or '.join(SOLVERS)}")
@@ -77,4 +84,5 @@ class Asked:
             2.0 if self.guidance_scale is None else self.guidance_scale,
             0.0 if self.eta is None else self.eta,
             solver,
+            edit=self.edit,
         )

@@ -62,8 +62,7 @@ class Job:
         self.step = self.done = 0  # of the picture that is being drawn; how many are there
         self.wanted: Preview | None = None  # the last one that `ask` brought
         self.asked = False
-        steps = pictures[0].settings.steps
-        self.previewed = {round(steps * (i + 1) / (previews + 1)) for i in range(previews)}
+        self.previews, self.steps = previews, pictures[0].settings.steps
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[Preview | Drawn | Exception] = asyncio.Queue()
 
@@ -71,6 +70,12 @@ class Job:
     def over(self) -> bool:
         """Whether nobody waits for this any more."""
         return self.stopped or time.monotonic() - self.begun > self.seconds
+
+    @property
+    def previewed(self) -> set[int]:
+        """The steps after which a picture's client is told of it."""
+        each = range(1, self.previews + 1)
+        return {round(self.steps * i / (self.previews + 1)) for i in each}
 
     def interrupt(self) -> None:
         """End it at once: `drawn` gives what there is."""
@@ -247,7 +252,7 @@ class Workshop:
     def _progress(self, task: _Task, number: int, progress: Progress) -> None:
         """Tell a job of a step of its picture, image `number` of a batch."""
         job = task.job
-        job.step = progress.step
+        job.step, job.steps = progress.step, progress.steps
         told = progress.step in job.previewed
         if job.over or not (told or job.asked) or progress.step == progress.steps:
             return
@@ -255,7 +260,7 @@ class Workshop:
         with self.metrics.seconds.labels("preview").time():
             picture = task.picture
             size = preview_size(picture)
-            pixels = picture.model.draw(progress.x0[number : number + 1], size)
+            pixels = picture.model.draw(picture, progress.x0[number : number + 1], size)
         job.wanted = Preview(task.number, progress.step, progress.steps, pixels)
         if told:
             job.tell(job.wanted)
@@ -267,7 +272,7 @@ class Workshop:
         try:
             with self.metrics.seconds.labels("decode").time():
                 size = picture.settings.image
-                pixels = picture.model.draw(latent, size, lambda: job.over)
+                pixels = picture.model.draw(picture, latent, size, lambda: job.over)
         except StoppedError:
             return
         except Exception as error:

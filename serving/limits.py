@@ -40,6 +40,14 @@ class Limits:
                     f"with a larger {option}"
                 )
 
+    def check_pixels(self, name: str, size: Size) -> None:
+        """Raise UsageError for a picture that was sent and is larger than one that is drawn."""
+        if _area(size) > self.pixels:
+            raise UsageError(
+                f"{name} has {size_name(size)} pixels; expected at most {self.pixels} in all. Send "
+                "a smaller one, or start the server with a larger --max-pixels"
+            )
+
 
 def _area(size: Size) -> int:
     return size[0] * size[1]

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,11 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from serving.asked import Asked
-from serving.encode import Format, base64_of, encode
-from serving.errors import as_api_error, body_of
+from serving.edits import read_edit
+from serving.encode import Format, base64_of, preview_of
+from serving.errors import ApiError, as_api_error, body_of
 from serving.jobs import Drawn, Job, Preview
 from serving.pictures import Picture, read_size, write_size
-from serving.requests import answered, read_json
+from serving.requests import answered, as_kind, read_form, read_json
 from serving.service import Service
 
 
@@ -32,6 +34,7 @@ class Generation(Struct):
     size: str | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
+    output_compression: Annotated[int, Meta(ge=1, le=100)] | None = None
     stream: bool | None = None
     partial_images: Annotated[int, Meta(ge=0, le=100)] | None = None
     seed: int | None = None
@@ -57,6 +60,14 @@ class Generation(Struct):
         )
 
 
+class Editing(Generation):
+    """The fields of a form for edits: `strength` 0 keeps the picture, 1 begins with noise alone."""
+
+    prompt: str = ""
+    strength: float | None = None
+    seam: int | None = None
+
+
 async def models(request: Request) -> Response:
     """GET /v1/models."""
     service: Service = request.app.state.service
@@ -78,11 +89,35 @@ async def generations(request: Request) -> Response:
     return await respond(request, job, body, "image_generation")
 
 
+async def edits(request: Request) -> Response:
+    """POST /v1/images/edits: a form with `image`, perhaps `mask`, and fields as a generation's."""
+    service: Service = request.app.state.service
+    fields, files = await read_form(request, {"image": "image", "image[]": "image", "mask": "mask"})
+    if "image" not in files:
+        raise ApiError(400, "invalid_form", "image is missing; expected a picture's file")
+    body = as_kind(fields, Editing)
+    asked = body.asked()
+    channels = asked.chosen(service.models).interface.color_channels
+    edit = await asyncio.to_thread(
+        lambda: read_edit(
+            files["image"],
+            files.get("mask"),
+            channels,
+            service.limits,
+            body.strength,
+            body.seam,
+        )
+    )
+    previews = (body.partial_images or 0) if body.stream else 0
+    job = service.submit(replace(asked, edit=edit), previews)
+    return await respond(request, job, body, "image_edit")
+
+
 async def respond(request: Request, job: Job, body: Generation, kind: str) -> Response:
     """A job's pictures as one answer, or as they come."""
     form: Format = body.output_format or "png"
     if body.stream:
-        events = stream(request.app.state.service, job, form, kind)
+        events = stream(request.app.state.service, job, body, kind)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
@@ -90,7 +125,7 @@ async def respond(request: Request, job: Job, body: Generation, kind: str) -> Re
     drawn = await answered(request, job)
     files = await asyncio.to_thread(
         lambda: [
-            service.file(pixels, form, picture)
+            service.file(pixels, picture, form, body.output_compression)
             for pixels, picture in zip(drawn.values(), job.pictures, strict=True)
         ]
     )
@@ -113,15 +148,15 @@ def described(picture: Picture) -> dict[str, Any]:
     return {"seed": picture.seed, "index": picture.index}
 
 
-async def stream(service: Service, job: Job, form: Format, kind: str) -> AsyncIterator[str]:
+async def stream(service: Service, job: Job, body: Generation, kind: str) -> AsyncIterator[str]:
     """Server-sent events: each preview, then each picture, or what went wrong."""
-    previews = 0
+    previews, form = 0, body.output_format or "png"
     try:
         async with contextlib.aclosing(job.news()) as news:
             async for one in news:
                 picture = job.pictures[one.number]
                 if isinstance(one, Preview):
-                    data = await asyncio.to_thread(encode, one.pixels, "png")
+                    text = await asyncio.to_thread(preview_of, one.pixels)
                     own: dict[str, Any] = {
                         "partial_image_index": previews,
                         "step": one.step,
@@ -129,12 +164,13 @@ async def stream(service: Service, job: Job, form: Format, kind: str) -> AsyncIt
                     }
                     previews += 1
                 else:
-                    data = await asyncio.to_thread(service.file, one.pixels, form, picture)
+                    given = (one.pixels, picture, form, body.output_compression)
+                    text = base64_of(await asyncio.to_thread(service.file, *given))
                     own = {"usage": USAGE}
                 name = f"{kind}.{'completed' if isinstance(one, Drawn) else 'partial_image'}"
                 event = {
                     "type": name,
-                    "b64_json": base64_of(data),
+                    "b64_json": text,
                     "created_at": int(time.time()),
                     "size": write_size(picture.settings.image),
                     "output_format": form if isinstance(one, Drawn) else "png",

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.interface import Interface, Size
+from runtime.bundle.interface import Size
 from runtime.errors import StoppedError, UsageError
 from runtime.generate import DEFAULTS, describe, resolve, settings
-from runtime.images.pixels import to_uint8
 from runtime.images.png import Rows
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import OnStep
+from runtime.render import Drawing
 from runtime.sampling.labels import Label, Labels
 from runtime.sampling.request import Request
+from serving.edits import Edit
 
 # Latent cells that are diffused at once: beyond these a step's products fill a processor's caches
 # by themselves, and a batch is no faster than one picture after another; see docs/serving.md.
@@ -42,21 +43,6 @@ def write_size(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def latent_for(interface: Interface, image: Size) -> Size:
-    """The latent that a picture of a size is drawn from where none is asked for.
-
-    The training's ratio, but no more cells than the bundle's default: what a picture holds was
-    learnt around that size, and a resampler draws any number of pixels from it.
-    """
-    own = interface.latent_size(image)
-    if not interface.decoupled:
-        return own
-    default = math.prod(interface.default_latent)
-    shrink = min(1.0, math.sqrt(default / math.prod(own)))
-    height, width = (interface.latent_sides.nearest(round(side * shrink)) for side in own)
-    return height, width
-
-
 @dataclass(frozen=True)
 class Settings:
     """What pictures of one batch share, image aside; `spacing` is the solver's own."""
@@ -68,6 +54,7 @@ class Settings:
     eta: float = 0.0
     solver: str = DEFAULTS["solver"]
     noise: str = DEFAULTS["noise"]
+    edit: Edit | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +83,15 @@ class Picture:
             "seed": self.seed,
             "first_index": self.index,
         }
-        resolve(self.model.bundle, wanted)
+        if own.edit is not None:
+            wanted |= own.edit.recipe
+        resolve(self.model.bundle, wanted, self.pixels)
         return wanted
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """What a `Request` takes of an edit."""
+        return self.settings.edit.pixels if self.settings.edit else {}
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -127,13 +121,13 @@ class Model:
     def request(self, pictures: Sequence[Picture]) -> Request:
         """One batch of pictures for which `together` is equal."""
         first = pictures[0]
-        each = settings(first.recipe) | {"image": None}
         keys = [(picture.seed, picture.index) for picture in pictures]
-        return Request([picture.label for picture in pictures], **each, keys=keys)
+        labels = [picture.label for picture in pictures]
+        return Request(labels, **settings(first.recipe), **first.pixels, keys=keys)
 
     def check(self, picture: Picture) -> None:
         """Raise UsageError for a picture that the bundle cannot draw."""
-        self.bundle.check(replace(self.request([picture]), image=picture.settings.image))
+        self.bundle.check(self.request([picture]))
 
     def most(self, picture: Picture, limit: int) -> int:
         """How many pictures like this one are diffused at once, `limit` at most.
@@ -160,12 +154,21 @@ class Model:
         return self.bundle.diffuse(self.request(pictures), on_step)
 
     def draw(
-        self, latent: NDArray[np.float32], size: Size, stopped: Callable[[], bool] = lambda: False
+        self,
+        picture: Picture,
+        latent: NDArray[np.float32],
+        size: Size,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> Rows:
-        """A latent `[1, C, H, W]` as uint8 `[h, w, c]`; raises StoppedError between two bands."""
+        """A picture's latent `[1, C, H, W]` at a size, as uint8 `[h, w, c]`.
+
+        Raises StoppedError between two bands.
+        """
+        kept = self.bundle.kept(self.request([picture]), size)
+        drawing = Drawing(self.bundle, picture.settings.latent, size, None, False, None, kept)
         bands = []
-        for band in self.bundle.resampler.draw(self.bundle.state(latent), size):
+        for band in drawing.bands(self.bundle.state(latent)):
             if stopped():
                 raise StoppedError("stopped while the picture was decoded")
-            bands.append(to_uint8(band))
+            bands.append(band)
         return np.concatenate(bands)

@@ -12,6 +12,7 @@ from serving.errors import ApiError
 from serving.jobs import Job
 
 Body = TypeVar("Body")
+MOST_FIELDS = 100  # of a form
 
 
 async def read_json(request: Request, kind: type[Body]) -> Body:
@@ -26,6 +27,42 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
         return msgspec.json.decode(await request.body(), type=kind, strict=False)
     except msgspec.DecodeError as error:
         raise ApiError(400, "invalid_json", f"the body is not as expected: {error}") from None
+
+
+def as_kind(fields: dict[str, str], kind: type[Body]) -> Body:
+    """A form's fields as `kind`; raises ApiError."""
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ApiError(400, "invalid_form", f"the form is not as expected: {error}") from None
+
+
+async def read_form(
+    request: Request, names: dict[str, str]
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """A form's fields, and its files by what `names` calls them; raises ApiError.
+
+    What a file is called by its sender is of no account.
+    """
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "multipart/form-data":
+        raise ApiError(
+            415, "content_type", f"Content-Type is {media!r}; expected multipart/form-data"
+        )
+    fields: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=len(names), max_fields=MOST_FIELDS) as form:
+        for key, value in form.multi_items():
+            name = names.get(key)
+            if isinstance(value, str):
+                fields[key] = value
+            elif name is None or name in files:
+                raise ApiError(
+                    400, "invalid_form", f"{key} is one file too many; expected {sorted(names)}"
+                )
+            else:
+                files[name] = await value.read()
+    return fields, files
 
 
 async def answered(request: Request, job: Job) -> dict[int, Rows]:

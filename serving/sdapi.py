@@ -5,18 +5,23 @@ Source of the shape: the project's own description at `/docs` of a running serve
 
 import asyncio
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from runtime.bundle.files import sha256
 from runtime.errors import UsageError
+from runtime.images.pixels import png_bytes, to_uint8
 from runtime.sampling.choices import SOLVER, SOLVERS
 from serving.asked import Asked
-from serving.encode import base64_of, encode
+from serving.edits import Edit, from_base64, read_edit
+from serving.encode import base64_of, preview_of
 from serving.jobs import Job
+from serving.limits import Limits
 from serving.requests import answered, read_json
 from serving.service import Service
 
@@ -75,6 +80,27 @@ def solver_of(name: str | None) -> str | None:
     return None if plain in ("", "automatic") else plain
 
 
+class ImageToImage(TextToImage, kw_only=True):
+    """The body of img2img; a mask is drawn anew where it is white."""
+
+    init_images: Annotated[list[str], Meta(min_length=1, max_length=1)]
+    mask: str | None = None
+    denoising_strength: float | None = None
+    inpainting_mask_invert: int = 0
+
+    def edit(self, channels: int, limits: Limits) -> Edit:
+        """What is edited, and where."""
+        image = from_base64("init_images", self.init_images[0])
+        mask = None if self.mask is None else from_base64("mask", self.mask)
+        found = read_edit(image, mask, channels, limits, self.denoising_strength, alpha=False)
+        if mask is not None and self.inpainting_mask_invert:
+            pixels = 1 - found.pixels["mask"]
+            grey = to_uint8(pixels * 2 - 1)[0]
+            hashes = found.hashes | {"mask": sha256(png_bytes(grey))}
+            found = replace(found, pixels=found.pixels | {"mask": pixels}, hashes=hashes)
+        return found
+
+
 class State:
     """What this interface keeps between requests: the chosen model, and its jobs."""
 
@@ -91,6 +117,18 @@ async def text_to_image(request: Request) -> Response:
     return await drawn(request, service.submit(body.asked(state.chosen)), body)
 
 
+async def image_to_image(request: Request) -> Response:
+    """POST /sdapi/v1/img2img."""
+    body = await read_json(request, ImageToImage)
+    state: State = request.app.state.sdapi
+    service: Service = request.app.state.service
+    asked = body.asked(state.chosen)
+    channels = asked.chosen(service.models).interface.color_channels
+    edit = await asyncio.to_thread(body.edit, channels, service.limits)
+    body.init_images, body.mask = [], None  # said back to nobody
+    return await drawn(request, service.submit(replace(asked, edit=edit)), body)
+
+
 async def drawn(request: Request, job: Job, body: Struct) -> Response:
     """A job's pictures in A1111's answer; those that were done where it was interrupted."""
     state: State = request.app.state.sdapi
@@ -103,7 +141,7 @@ async def drawn(request: Request, job: Job, body: Struct) -> Response:
     pictures = [job.pictures[number] for number in found]
     files = await asyncio.to_thread(
         lambda: [
-            base64_of(service.file(own, "png", picture))
+            base64_of(service.file(own, picture))
             for own, picture in zip(found.values(), pictures, strict=True)
         ]
     )
@@ -181,8 +219,8 @@ async def progress(request: Request) -> Response:
     if not skip:
         job.asked = True
         if (preview := job.wanted) is not None:
-            image = base64_of(await asyncio.to_thread(encode, preview.pixels, "png"))
-    steps, count = job.pictures[0].settings.steps, len(job.pictures)
+            image = await asyncio.to_thread(preview_of, preview.pixels)
+    steps, count = job.steps, len(job.pictures)
     share = min(1.0, (job.done + job.step / steps * (job.done < count)) / count)
     spent = time.monotonic() - job.begun
     about = {

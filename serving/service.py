@@ -63,10 +63,12 @@ class Service:
         self.workshop.submit(job)
         return job
 
-    def file(self, pixels: Rows, form: Format, picture: Picture) -> bytes:
+    def file(
+        self, pixels: Rows, picture: Picture, form: Format = "png", quality: int | None = None
+    ) -> bytes:
         """A drawn picture with what it takes to draw it again."""
         with self.metrics.seconds.labels("encode").time():
-            return encode(pixels, form, picture.metadata)
+            return encode(pixels, form, picture.metadata, quality)
 
     def described(self, name: str) -> dict[str, Any]:
         """A model as `GET /v1/models` lists it, with what a page needs to know of it."""
