@@ -2,6 +2,7 @@
 
 import contextlib
 import hmac
+import re
 from base64 import b64decode
 from collections.abc import AsyncIterator, Sequence
 from urllib.parse import urlsplit
@@ -19,9 +20,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.errors import ToolkitError
 from serving import openai, sdapi
 from serving.errors import ApiError, answer, response_of
+from serving.page import page
 from serving.service import Service
 
-OPEN = ("/healthz", "/pictures/")  # need no token: the one says little, names of the other are kept
+# What needs no token: it says little, is in the package, or has a name that nobody guesses.
+OPEN = re.compile(r"/|/healthz|/page/[^/]+|/pictures/[^/]+")
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -63,7 +66,7 @@ class Guard:
     def check(self, path: str, headers: Headers) -> None:
         """Raise ApiError for who may not ask."""
         if self.token is not None:
-            if not path.startswith(OPEN) and not hmac.compare_digest(_token(headers), self.token):
+            if not OPEN.fullmatch(path) and not hmac.compare_digest(_token(headers), self.token):
                 raise ApiError(
                     401,
                     "invalid_token",
@@ -139,6 +142,8 @@ async def picture(request: Request) -> Response:
 
 
 ROUTES = [
+    Route("/", page),
+    Route("/page/{name}", page),
     Route("/healthz", healthz),
     Route("/metrics", metrics),
     Route("/pictures/{name}", picture, name="picture"),

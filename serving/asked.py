@@ -20,7 +20,8 @@ SEEDS = 1 << 32  # among which one is drawn by lot; every client's numbers hold 
 class Asked:
     """A request by the runtime's names, None where it leaves the choice; `count` is per label.
 
-    Sizes are (height, width); `prompt` is read as `--label` is, "" and None as no condition.
+    Sizes are (height, width); `prompt` is read as `--label` is, "" and None as no condition. The
+    first picture has the noise of (`seed`, `index`), the next one that of the next index.
     """
 
     prompt: str | None
@@ -33,6 +34,7 @@ class Asked:
     eta: float | None = None
     solver: str | None = None
     seed: int | None = None
+    index: int = 0
     edit: Edit | None = None
 
     def pictures(self, models: Mapping[str, Model], limits: Limits) -> list[Picture]:
@@ -47,7 +49,10 @@ class Asked:
         limits.check(count, settings.image, settings.latent, settings.steps)
         seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed
         each: list[Label] = [label for label in labels for _ in range(self.count)]
-        pictures = [Picture(model, settings, label, seed, i) for i, label in enumerate(each)]
+        pictures = [
+            Picture(model, settings, label, seed, index)
+            for index, label in enumerate(each, self.index)
+        ]
         for picture in {str(picture.label): picture for picture in pictures}.values():
             model.check(picture)
         return pictures

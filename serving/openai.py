@@ -38,6 +38,7 @@ class Generation(Struct):
     stream: bool | None = None
     partial_images: Annotated[int, Meta(ge=0, le=100)] | None = None
     seed: int | None = None
+    index: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     latent: str | None = None
@@ -57,6 +58,7 @@ class Generation(Struct):
             self.eta,
             self.solver,
             self.seed,
+            self.index or 0,
         )
 
 

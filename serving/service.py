@@ -4,7 +4,10 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
+
+import msgspec
 
 from runtime.images.png import Rows
 from serving.asked import Asked
@@ -73,7 +76,7 @@ class Service:
     def described(self, name: str) -> dict[str, Any]:
         """A model as `GET /v1/models` lists it, with what a page needs to know of it."""
         interface = self.models[name].interface
-        latent = interface.default_latent
+        latent, sides = interface.default_latent, interface.latent_sides
         return {
             "id": name,
             "object": "model",
@@ -85,4 +88,8 @@ class Service:
             "latent": write_size(latent),
             "size": write_size(interface.image_size(latent)),
             "pixels_per_latent": interface.pixels_per_latent,
+            "latent_sides": [sides.minimum, sides.maximum, sides.multiple],
+            "trained": msgspec.to_builtins(interface.trained),
+            "color_channels": interface.color_channels,
+            "limits": asdict(self.limits),
         }

@@ -1,0 +1,394 @@
+// The controls, what is drawn of them, and the history.
+
+import { Brush } from "./brush.js";
+import { missing, promptOf, requestOf } from "./png.js";
+import { blobOf, draw, models, setToken } from "./server.js";
+
+const $ = (id) => document.getElementById(id);
+const SHOWN = 256; // pixels of a picture's longer side on the page, at least
+const PREVIEWS = 8; // of each picture, at most
+const KEPT = 60; // pictures of the history
+const SEVERAL = [0.5, 1, 1.5, 2]; // times the latent's sides
+
+let known = [];
+let model = null;
+let running = null;
+const history = [];
+const brush = new Brush($("brush"), () => Number($("width").value));
+
+// ---- what is to be drawn
+
+function sides() {
+  const shorter = Number($("cells").value);
+  const aspect = Math.exp((Number($("aspect").value) / 20) * Math.log(aspectLimit()));
+  return aspect >= 1 ? [legal(shorter * aspect), shorter] : [shorter, legal(shorter / aspect)];
+}
+
+function aspectLimit() {
+  return Math.max(2, model.trained?.aspect ?? 2);
+}
+
+function legal(side) {
+  const [minimum, maximum, multiple] = model.latent_sides;
+  return Math.min(Math.max(Math.round(side / multiple) * multiple, minimum), maximum);
+}
+
+function written([height, width]) {
+  return `${width}x${height}`; // HTTP's order
+}
+
+function scaled([height, width]) {
+  const scale = model.decoupled ? Number($("scale").value) : model.pixels_per_latent;
+  return [height * scale, width * scale];
+}
+
+function body(latent) {
+  const wanted = {
+    model: model.id,
+    prompt: $("prompt").value.trim() || "none",
+    n: Number($("count").value),
+    num_inference_steps: Number($("steps").value),
+    guidance_scale: Number($("guidance").value),
+    seed: Number($("seed").value),
+    partial_images: Math.min(PREVIEWS, Number($("steps").value) - 1),
+  };
+  if (repeating) Object.assign(wanted, { index: repeating.first_index, solver: repeating.solver, eta: repeating.eta });
+  if (!latent) return { ...wanted, strength: Number($("strength").value) };
+  return { ...wanted, latent: written(latent), size: written(repeating?.image ?? scaled(latent)) };
+}
+
+// A picture whose request the controls hold, until one of them is changed.
+let repeating = null;
+
+// ---- drawing
+
+async function run(latents) {
+  if (running) return;
+  running = new AbortController();
+  if (!$("lock").checked && !repeating) $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
+  say("Drawing…");
+  fail("");
+  setBusy(true);
+  $("pictures").replaceChildren();
+  const edit = latents ? null : await brush.edit();
+  let drawn = 0;
+  try {
+    const each = latents ?? [null];
+    for (const [place, latent] of each.entries()) {
+      const wanted = body(latent);
+      const cards = new Map();
+      await draw(wanted, edit, running.signal, (event) => {
+        const card = cards.get(event.index) ?? cards.set(event.index, addCard(latent)).get(event.index);
+        show(card, event, wanted);
+        const share = event.type.endsWith("completed") ? 1 : event.step / event.steps;
+        if (share === 1) drawn += 1;
+        $("progress").value = (place + share) / each.length;
+      });
+    }
+    say(`${drawn} ${drawn === 1 ? "picture" : "pictures"} drawn, seed ${$("seed").value}.`);
+  } catch (error) {
+    for (const card of document.querySelectorAll("figure.wait")) card.remove();
+    if (error.name === "AbortError") say(`Cancelled; ${drawn} drawn.`);
+    else {
+      say("Not drawn.");
+      fail(error.message);
+      if (error.status === 401) askToken();
+    }
+  } finally {
+    running = null;
+    setBusy(false);
+  }
+}
+
+function addCard(latent) {
+  const card = document.createElement("figure");
+  card.className = "wait";
+  card.append(document.createElement("img"), document.createElement("figcaption"));
+  card.querySelector("figcaption").textContent = latent ? `latent ${latent.join("×")}` : "edit";
+  $("pictures").append(card);
+  return card;
+}
+
+function show(card, event, wanted) {
+  const image = card.querySelector("img");
+  const done = event.type.endsWith("completed");
+  const [width, height] = event.size.split("x").map(Number);
+  URL.revokeObjectURL(card.preview);
+  const blob = blobOf(event.b64_json);
+  const url = URL.createObjectURL(blob);
+  image.src = url;
+  const times = Math.max(1, Math.floor(SHOWN / Math.max(width, height)));
+  image.width = width * times;
+  image.alt = done
+    ? `${wanted.prompt}, ${height} by ${width} pixels, seed ${event.seed}`
+    : `${wanted.prompt} after step ${event.step} of ${event.steps}`;
+  if (!done) {
+    card.preview = url;
+    return;
+  }
+  card.classList.remove("wait");
+  remember({ blob, url, wanted, event });
+  caption(card, { blob, url, wanted, event });
+}
+
+function caption(card, { blob, url, wanted, event }) {
+  const [width, height] = event.size.split("x");
+  const name = `${wanted.prompt.replace(/[^\w+-]+/g, "_").slice(0, 40)}-${event.seed}-${event.index}.png`;
+  const link = Object.assign(document.createElement("a"), { href: url, download: name, textContent: "Download" });
+  const change = Object.assign(document.createElement("button"), { type: "button", textContent: "Edit" });
+  const again = Object.assign(document.createElement("button"), { type: "button", textContent: "Repeat" });
+  change.addEventListener("click", () => startEdit(blob));
+  again.addEventListener("click", () => taken(blob));
+  const row = document.createElement("div");
+  row.className = "row";
+  row.append(link, change, again);
+  const text = document.createElement("div");
+  text.textContent = `${height}×${width}, seed ${event.seed}, index ${event.index}`;
+  const about = card.querySelector("figcaption");
+  about.replaceChildren(...(about.textContent.startsWith("latent") ? [about.textContent] : []), text, row);
+}
+
+function remember(one) {
+  history.unshift(one);
+  for (const old of history.splice(KEPT)) URL.revokeObjectURL(old.url);
+  $("history-title").hidden = false;
+  $("history").replaceChildren(...history.map((own) => {
+    const item = document.createElement("li");
+    const button = Object.assign(document.createElement("button"), { type: "button" });
+    const label = `${own.wanted.prompt}, seed ${own.event.seed}`;
+    button.append(Object.assign(document.createElement("img"), { src: own.url, alt: label }));
+    button.addEventListener("click", () => {
+      $("pictures").replaceChildren();
+      const card = addCard(null);
+      card.querySelector("figcaption").textContent = "";
+      card.classList.remove("wait");
+      const image = card.querySelector("img");
+      const [width, height] = own.event.size.split("x").map(Number);
+      image.src = own.url;
+      image.alt = label;
+      image.width = width * Math.max(1, Math.floor(SHOWN / Math.max(width, height)));
+      caption(card, own);
+      say(`Shown: ${label}.`);
+    });
+    item.append(button);
+    return item;
+  }));
+}
+
+// ---- files: edit, or repeat what made them
+
+async function taken(blob) {
+  fail("");
+  const found = await requestOf(blob);
+  if (!found) return startEdit(blob);
+  const lacking = missing(found.request);
+  if (lacking.length) {
+    fail(`This picture was made with ${lacking.join(", ")}, which the page cannot repeat; it is edited instead.`);
+    return startEdit(blob);
+  }
+  repeat(found.request);
+  return run([found.request.latent]);
+}
+
+function repeat(request) {
+  stopEdit();
+  const [height, width] = request.latent;
+  $("cells").value = Math.min(height, width);
+  $("aspect").value = Math.round((20 * Math.log(height / width)) / Math.log(aspectLimit()));
+  $("scale").value = Math.round(request.image[0] / height);
+  $("steps").value = request.steps;
+  $("guidance").value = request.guidance;
+  $("count").value = 1;
+  $("seed").value = request.seed;
+  $("lock").checked = true;
+  $("prompt").value = promptOf(request.label);
+  press();
+  told();
+  repeating = request;
+}
+
+async function startEdit(blob) {
+  try {
+    await brush.open(blob);
+  } catch {
+    return fail("This file is no picture that the browser can show; expected PNG, JPEG or WebP.");
+  }
+  repeating = null;
+  $("editing").hidden = false;
+  $("brush").setAttribute("aria-label", `The picture that is edited, ${brush.image.height} by ${brush.image.width}`);
+  $("several").disabled = true;
+  for (const id of ["cells", "aspect", "scale"]) $(id).disabled = true;
+  say("Editing: draw to see it.");
+  told();
+  $("brush").focus();
+}
+
+function stopEdit() {
+  $("editing").hidden = true;
+  $("several").disabled = false;
+  for (const id of ["cells", "aspect", "scale"]) $(id).disabled = false;
+  told();
+}
+
+// ---- controls
+
+function chips() {
+  let first = 0;
+  const groups = model.parts.map((count, part) => {
+    const group = document.createElement("div");
+    group.className = "part";
+    group.setAttribute("role", "group");
+    group.setAttribute("aria-label", model.parts.length > 1 ? `Labels, part ${part + 1}` : "Labels");
+    for (let number = first; number < first + count; number += 1) group.append(chip(number, part));
+    first += count;
+    return group;
+  });
+  $("chips").replaceChildren(...groups);
+}
+
+function chip(number, part) {
+  const name = model.labels[number];
+  const button = Object.assign(document.createElement("button"), { type: "button", className: "chip", textContent: name });
+  const colour = name.replace(/^on-/, "");
+  if (CSS.supports("color", colour)) {
+    const swatch = Object.assign(document.createElement("span"), { className: "swatch" });
+    swatch.style.backgroundColor = colour;
+    button.prepend(swatch);
+  }
+  // A name with a sign of the grammar in it goes by its number.
+  Object.assign(button.dataset, { part, term: /^[\w-]+$/.test(name) ? name : String(number) });
+  button.setAttribute("aria-pressed", "false");
+  button.addEventListener("click", () => {
+    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+    $("prompt").value = pressedPrompt();
+    repeating = null;
+  });
+  return button;
+}
+
+// Every pressed label of a part with every one of the others: "7:red,7:blue", or with + between.
+function pressedPrompt() {
+  const parts = model.parts.map((_, part) =>
+    [...document.querySelectorAll(`.chip[data-part="${part}"][aria-pressed=true]`)].map((own) => own.dataset.term));
+  const terms = parts.filter((own) => own.length).reduce(
+    (made, own) => made.flatMap((start) => own.map((term) => (start ? `${start}:${term}` : term))), [""]);
+  return terms.filter(Boolean).join(document.querySelector("[name=how]:checked").value) || "none";
+}
+
+// Chips as the text says, where it is a plain list.
+function press() {
+  const mixed = $("prompt").value.includes("+");
+  document.querySelector(`[name=how][value="${mixed ? "+" : ","}"]`).checked = true;
+  const terms = new Set($("prompt").value.split(/[,+:]/).map((term) => term.trim()));
+  for (const own of document.querySelectorAll(".chip")) own.setAttribute("aria-pressed", String(terms.has(own.dataset.term)));
+}
+
+function told() {
+  const latent = sides();
+  const [height, width] = scaled(latent);
+  $("sizes").value = $("editing").hidden
+    ? `latent ${latent.join("×")}, picture ${height}×${width}`
+    : `that of the picture, ${brush.image.height}×${brush.image.width}`;
+  for (const output of document.querySelectorAll(".slider output")) {
+    const input = $(output.htmlFor.value);
+    output.value = input.id === "aspect" ? latent.join(" : ") : input.value;
+    if (input.id === "aspect") input.setAttribute("aria-valuetext", `${latent[0]} to ${latent[1]}`);
+  }
+}
+
+function choose(id) {
+  model = known.find((own) => own.id === id) ?? known[0];
+  const [width, height] = model.latent.split("x").map(Number);
+  const [minimum, maximum, multiple] = model.latent_sides;
+  const most = Math.floor(Math.sqrt(model.limits.cells / aspectLimit()));
+  const longest = model.decoupled ? Math.max(2 * (model.trained?.longest ?? 16), height) : maximum;
+  Object.assign($("cells"), { min: minimum, step: multiple, max: Math.min(longest, maximum, most) });
+  $("cells").value = Math.min(width, height);
+  $("scale-field").hidden = !model.decoupled;
+  $("scale").value = 2 * model.pixels_per_latent;
+  $("steps").max = Math.min(100, model.limits.steps);
+  $("count").max = Math.min(8, model.limits.images);
+  chips();
+  $("prompt").value = model.labels.length ? "" : "none";
+  document.querySelector(".chip")?.click();
+  told();
+}
+
+function setBusy(busy) {
+  $("cancel").disabled = !busy;
+  $("draw").disabled = busy;
+  $("several").disabled = busy || !$("editing").hidden;
+  Object.assign($("progress"), { hidden: !busy, value: 0 });
+}
+
+function say(text) {
+  $("status").textContent = text;
+}
+
+function fail(text) {
+  $("error").textContent = text;
+  $("error").hidden = !text;
+}
+
+function askToken() {
+  $("token-field").hidden = false;
+  $("token").focus();
+}
+
+function several() {
+  const [height, width] = sides();
+  const each = SEVERAL.map((times) => [legal(height * times), legal(width * times)]);
+  const { cells } = model.limits;
+  const fitting = each.filter(([h, w]) => h * w <= cells);
+  return [...new Map(fitting.map((own) => [written(own), own])).values()];
+}
+
+async function begin() {
+  try {
+    known = await models();
+  } catch (error) {
+    fail(error.message);
+    if (error.status === 401) askToken();
+    return;
+  }
+  fail("");
+  $("token-field").hidden = true;
+  $("model").replaceChildren(...known.map((own) => new Option(own.id, own.id)));
+  $("model-field").hidden = known.length < 2;
+  choose(known[0].id);
+}
+
+// ---- events
+
+$("controls").addEventListener("input", (event) => {
+  if (event.target.id === "token" || !model) return;
+  repeating = null;
+  if (event.target.id === "prompt") press();
+  if (event.target.name === "how") $("prompt").value = pressedPrompt();
+  told();
+});
+$("token").addEventListener("change", () => { setToken($("token").value.trim()); begin(); });
+$("controls").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (model) run($("editing").hidden ? [repeating?.latent ?? sides()] : null);
+});
+$("several").addEventListener("click", () => { repeating = null; run(several()); });
+$("cancel").addEventListener("click", () => running?.abort());
+$("model").addEventListener("change", () => choose($("model").value));
+$("wipe").addEventListener("click", () => brush.wipe());
+$("leave").addEventListener("click", stopEdit);
+$("file").addEventListener("change", () => { if ($("file").files[0]) taken($("file").files[0]); $("file").value = ""; });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("controls").requestSubmit();
+});
+document.addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("dropping"); });
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("dropping"); });
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  const [file] = event.dataTransfer.files;
+  if (file && model) taken(file);
+});
+
+begin();
