@@ -1,4 +1,4 @@
-// The picture that is edited, and the strokes over it: white in the mask is drawn anew.
+// The picture that is edited, and strokes over it: what they cover is white in the mask, drawn anew.
 
 export class Brush {
   constructor(canvas, width) {
@@ -34,9 +34,7 @@ export class Brush {
   }
 
   wipe() {
-    const { context } = this;
-    context.fillStyle = "black";
-    context.fillRect(0, 0, this.mask.width, this.mask.height);
+    this.context.clearRect(0, 0, this.mask.width, this.mask.height);
     this.painted = false;
     this.show();
   }
@@ -88,11 +86,9 @@ export class Brush {
     if (!this.image) return;
     const context = this.canvas.getContext("2d");
     context.drawImage(this.image, 0, 0);
-    context.globalAlpha = 0.5;
-    context.globalCompositeOperation = "screen";
-    context.drawImage(this.tinted(), 0, 0);
+    context.globalAlpha = 0.55;
+    context.drawImage(this.filled("source-in", "#ff3060"), 0, 0);
     context.globalAlpha = 1;
-    context.globalCompositeOperation = "source-over";
     if (!this.spot) return;
     context.strokeStyle = "#f0f";
     context.lineWidth = Math.max(0.5, this.canvas.width / 200);
@@ -101,21 +97,26 @@ export class Brush {
     context.stroke();
   }
 
-  tinted() {
-    const tint = document.createElement("canvas");
-    tint.width = this.mask.width;
-    tint.height = this.mask.height;
-    const context = tint.getContext("2d");
+  // The strokes with a colour in them ("source-in") or behind them ("destination-over").
+  filled(way, colour) {
+    const made = document.createElement("canvas");
+    made.width = this.mask.width;
+    made.height = this.mask.height;
+    const context = made.getContext("2d");
     context.drawImage(this.mask, 0, 0);
-    context.globalCompositeOperation = "multiply";
-    context.fillStyle = "#ff3060";
-    context.fillRect(0, 0, tint.width, tint.height);
-    return tint;
+    context.globalCompositeOperation = way;
+    context.fillStyle = colour;
+    context.fillRect(0, 0, made.width, made.height);
+    return made;
   }
 
   // What is sent: the file as it is, and the mask where there is a stroke.
   async edit() {
-    const mask = this.painted && (await new Promise((done) => this.mask.toBlob(done, "image/png")));
-    return { image: this.blob, mask: mask || null };
+    const edit = { image: this.blob, mask: null };
+    if (this.painted) {
+      const whole = this.filled("destination-over", "black");
+      edit.mask = await new Promise((done) => whole.toBlob(done, "image/png"));
+    }
+    return edit;
   }
 }

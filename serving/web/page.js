@@ -1,19 +1,18 @@
 // The controls, what is drawn of them, and the history.
 
 import { Brush } from "./brush.js";
+import { actions, addCard, show } from "./cards.js";
+import { chips, press, pressedPrompt } from "./labels.js";
 import { missing, promptOf, requestOf } from "./png.js";
-import { blobOf, draw, models, setToken } from "./server.js";
+import { draw, models, setToken } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
-const SHOWN = 256; // pixels of a picture's longer side on the page, at least
 const PREVIEWS = 8; // of each picture, at most
-const KEPT = 60; // pictures of the history
 const SEVERAL = [0.5, 1, 1.5, 2]; // times the latent's sides
 
 let known = [];
 let model = null;
 let running = null;
-const history = [];
 const brush = new Brush($("brush"), () => Number($("width").value));
 
 // ---- what is to be drawn
@@ -70,6 +69,7 @@ async function run(latents) {
   fail("");
   setBusy(true);
   $("pictures").replaceChildren();
+  $("status").scrollIntoView({ block: "nearest" });
   const edit = latents ? null : await brush.edit();
   let drawn = 0;
   try {
@@ -100,81 +100,6 @@ async function run(latents) {
   }
 }
 
-function addCard(latent) {
-  const card = document.createElement("figure");
-  card.className = "wait";
-  card.append(document.createElement("img"), document.createElement("figcaption"));
-  card.querySelector("figcaption").textContent = latent ? `latent ${latent.join("×")}` : "edit";
-  $("pictures").append(card);
-  return card;
-}
-
-function show(card, event, wanted) {
-  const image = card.querySelector("img");
-  const done = event.type.endsWith("completed");
-  const [width, height] = event.size.split("x").map(Number);
-  URL.revokeObjectURL(card.preview);
-  const blob = blobOf(event.b64_json);
-  const url = URL.createObjectURL(blob);
-  image.src = url;
-  const times = Math.max(1, Math.floor(SHOWN / Math.max(width, height)));
-  image.width = width * times;
-  image.alt = done
-    ? `${wanted.prompt}, ${height} by ${width} pixels, seed ${event.seed}`
-    : `${wanted.prompt} after step ${event.step} of ${event.steps}`;
-  if (!done) {
-    card.preview = url;
-    return;
-  }
-  card.classList.remove("wait");
-  remember({ blob, url, wanted, event });
-  caption(card, { blob, url, wanted, event });
-}
-
-function caption(card, { blob, url, wanted, event }) {
-  const [width, height] = event.size.split("x");
-  const name = `${wanted.prompt.replace(/[^\w+-]+/g, "_").slice(0, 40)}-${event.seed}-${event.index}.png`;
-  const link = Object.assign(document.createElement("a"), { href: url, download: name, textContent: "Download" });
-  const change = Object.assign(document.createElement("button"), { type: "button", textContent: "Edit" });
-  const again = Object.assign(document.createElement("button"), { type: "button", textContent: "Repeat" });
-  change.addEventListener("click", () => startEdit(blob));
-  again.addEventListener("click", () => taken(blob));
-  const row = document.createElement("div");
-  row.className = "row";
-  row.append(link, change, again);
-  const text = document.createElement("div");
-  text.textContent = `${height}×${width}, seed ${event.seed}, index ${event.index}`;
-  const about = card.querySelector("figcaption");
-  about.replaceChildren(...(about.textContent.startsWith("latent") ? [about.textContent] : []), text, row);
-}
-
-function remember(one) {
-  history.unshift(one);
-  for (const old of history.splice(KEPT)) URL.revokeObjectURL(old.url);
-  $("history-title").hidden = false;
-  $("history").replaceChildren(...history.map((own) => {
-    const item = document.createElement("li");
-    const button = Object.assign(document.createElement("button"), { type: "button" });
-    const label = `${own.wanted.prompt}, seed ${own.event.seed}`;
-    button.append(Object.assign(document.createElement("img"), { src: own.url, alt: label }));
-    button.addEventListener("click", () => {
-      $("pictures").replaceChildren();
-      const card = addCard(null);
-      card.querySelector("figcaption").textContent = "";
-      card.classList.remove("wait");
-      const image = card.querySelector("img");
-      const [width, height] = own.event.size.split("x").map(Number);
-      image.src = own.url;
-      image.alt = label;
-      image.width = width * Math.max(1, Math.floor(SHOWN / Math.max(width, height)));
-      caption(card, own);
-      say(`Shown: ${label}.`);
-    });
-    item.append(button);
-    return item;
-  }));
-}
-
 // ---- files: edit, or repeat what made them
 
 async function taken(blob) {
@@ -202,7 +127,7 @@ function repeat(request) {
   $("seed").value = request.seed;
   $("lock").checked = true;
   $("prompt").value = promptOf(request.label);
-  press();
+  press($("prompt").value);
   told();
   repeating = request;
 }
@@ -232,57 +157,6 @@ function stopEdit() {
 
 // ---- controls
 
-function chips() {
-  let first = 0;
-  const groups = model.parts.map((count, part) => {
-    const group = document.createElement("div");
-    group.className = "part";
-    group.setAttribute("role", "group");
-    group.setAttribute("aria-label", model.parts.length > 1 ? `Labels, part ${part + 1}` : "Labels");
-    for (let number = first; number < first + count; number += 1) group.append(chip(number, part));
-    first += count;
-    return group;
-  });
-  $("chips").replaceChildren(...groups);
-}
-
-function chip(number, part) {
-  const name = model.labels[number];
-  const button = Object.assign(document.createElement("button"), { type: "button", className: "chip", textContent: name });
-  const colour = name.replace(/^on-/, "");
-  if (CSS.supports("color", colour)) {
-    const swatch = Object.assign(document.createElement("span"), { className: "swatch" });
-    swatch.style.backgroundColor = colour;
-    button.prepend(swatch);
-  }
-  // A name with a sign of the grammar in it goes by its number.
-  Object.assign(button.dataset, { part, term: /^[\w-]+$/.test(name) ? name : String(number) });
-  button.setAttribute("aria-pressed", "false");
-  button.addEventListener("click", () => {
-    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
-    $("prompt").value = pressedPrompt();
-    repeating = null;
-  });
-  return button;
-}
-
-// Every pressed label of a part with every one of the others: "7:red,7:blue", or with + between.
-function pressedPrompt() {
-  const parts = model.parts.map((_, part) =>
-    [...document.querySelectorAll(`.chip[data-part="${part}"][aria-pressed=true]`)].map((own) => own.dataset.term));
-  const terms = parts.filter((own) => own.length).reduce(
-    (made, own) => made.flatMap((start) => own.map((term) => (start ? `${start}:${term}` : term))), [""]);
-  return terms.filter(Boolean).join(document.querySelector("[name=how]:checked").value) || "none";
-}
-
-// Chips as the text says, where it is a plain list.
-function press() {
-  const mixed = $("prompt").value.includes("+");
-  document.querySelector(`[name=how][value="${mixed ? "+" : ","}"]`).checked = true;
-  const terms = new Set($("prompt").value.split(/[,+:]/).map((term) => term.trim()));
-  for (const own of document.querySelectorAll(".chip")) own.setAttribute("aria-pressed", String(terms.has(own.dataset.term)));
-}
-
 function told() {
   const latent = sides();
   const [height, width] = scaled(latent);
@@ -308,7 +182,10 @@ function choose(id) {
   $("scale").value = 2 * model.pixels_per_latent;
   $("steps").max = Math.min(100, model.limits.steps);
   $("count").max = Math.min(8, model.limits.images);
-  chips();
+  chips(model, (text) => {
+    $("prompt").value = text;
+    repeating = null;
+  });
   $("prompt").value = model.labels.length ? "" : "none";
   document.querySelector(".chip")?.click();
   told();
@@ -363,7 +240,7 @@ async function begin() {
 $("controls").addEventListener("input", (event) => {
   if (event.target.id === "token" || !model) return;
   repeating = null;
-  if (event.target.id === "prompt") press();
+  if (event.target.id === "prompt") press($("prompt").value);
   if (event.target.name === "how") $("prompt").value = pressedPrompt();
   told();
 });
@@ -391,4 +268,5 @@ document.addEventListener("drop", (event) => {
   if (file && model) taken(file);
 });
 
+Object.assign(actions, { edit: startEdit, repeat: taken, say });
 begin();
