@@ -4,12 +4,19 @@ Coordinates, guidance, a solver's step, the mean of a larger decode: each says w
 the runtime. Letters: B images, C latent channels, H × W latent.
 """
 
+from fractions import Fraction
+
 from onnx import FunctionProto, parser
 
 from export.to_onnx import OPSET
 from runtime.pipeline.tiles import DENSITY, FEWEST_AVERAGED, MOST_AVERAGED
 
 OWN = "own"  # their domain
+# A row of the table. x0 = p · x + q · eps, x' = keep · x + move · eps + c · x0₋₁ + d · x0₋₂, and
+# the weights of eps are guidance_scale where `guided` is 1, that of the condition alone where 0.
+COLUMNS = ("alpha_bar", "log_snr", "keep", "move", "p", "q", "c", "d", "guided")
+DENSE = Fraction(DENSITY) ** 2
+FEWER = ", ".join(map(str, range(FEWEST_AVERAGED, MOST_AVERAGED)))
 
 FUNCTIONS = f"""
 <domain: "own", opset_import: ["" : {OPSET}, "own" : 1]>
@@ -81,8 +88,8 @@ guided (eps, guidance_scale, row) => (found) {{
   # runtime.sampling.guidance of two branches: [2, B, C, H, W] -> [B, C, H, W]
   one = Constant <value_float = 1.0> ()
   branch = Constant <value_ints = [0]> ()
-  last = Constant <value_ints = [-1]> ()
-  inside = Gather <axis = 0> (row, last)
+  column = Constant <value_int = {COLUMNS.index("guided")}> ()
+  inside = Gather (row, column)
   beyond = Sub (guidance_scale, one)
   more = Mul (beyond, inside)
   weight = Add (more, one)
@@ -94,8 +101,19 @@ guided (eps, guidance_scale, row) => (found) {{
 }}
 <domain: "own", opset_import: ["" : {OPSET}, "own" : 1]>
 solved (x, eps, before, earlier, row) => (next, x0) {{
-  # runtime.sampling.loop
-  alpha_bar, log_snr, keep, move, p, q, c, d, inside = Split <axis = 0, num_outputs = 9> (row)
+  # runtime.sampling.loop; column by column, since shaders take few tensors at once
+  keep_column = Constant <value_int = {COLUMNS.index("keep")}> ()
+  keep = Gather (row, keep_column)
+  move_column = Constant <value_int = {COLUMNS.index("move")}> ()
+  move = Gather (row, move_column)
+  p_column = Constant <value_int = {COLUMNS.index("p")}> ()
+  p = Gather (row, p_column)
+  q_column = Constant <value_int = {COLUMNS.index("q")}> ()
+  q = Gather (row, q_column)
+  c_column = Constant <value_int = {COLUMNS.index("c")}> ()
+  c = Gather (row, c_column)
+  d_column = Constant <value_int = {COLUMNS.index("d")}> ()
+  d = Gather (row, d_column)
   x_part = Mul (x, p)
   eps_part = Mul (eps, q)
   x0 = Add (x_part, eps_part)
@@ -103,31 +121,33 @@ solved (x, eps, before, earlier, row) => (next, x0) {{
   moved = Mul (eps, move)
   first = Mul (before, c)
   second = Mul (earlier, d)
-  next = Sum (kept, moved, first, second)
+  linear = Add (kept, moved)
+  history = Add (first, second)
+  next = Add (linear, history)
 }}
 <domain: "own", opset_import: ["" : {OPSET}, "own" : 1]>
 averaged <pixels_per_latent> (latent, size) => (factor) {{
-  # runtime.pipeline.tiles.averaged, in float64 as there
+  # runtime.pipeline.tiles.averaged in whole numbers: not every engine has float64. The factor f is
+  # the least with f² · pixels >= (density · ratio)² · cells, within its bounds
   ratio = Constant <value_int: int = @pixels_per_latent> ()
-  trained = Constant <value = double {{1.0}}> ()
-  density = Constant <value = double {{{DENSITY}}}> ()
-  fewest = Constant <value = double {{{FEWEST_AVERAGED}}}> ()
-  most = Constant <value = double {{{MOST_AVERAGED}}}> ()
+  numerator = Constant <value_int = {DENSE.numerator}> ()
+  denominator = Constant <value_int = {DENSE.denominator}> ()
   one = Constant <value_int = 1> ()
-  sides = Cast <to = 11> (latent)
-  image = Cast <to = 11> (size)
-  cells = ReduceProd <keepdims = 0> (sides)
-  pixels = ReduceProd <keepdims = 0> (image)
-  share = Div (cells, pixels)
-  root = Sqrt (share)
-  times = CastLike (ratio, root)
-  short = Mul (times, root)
-  dense = Mul (short, density)
-  up = Ceil (dense)
-  least = Max (up, fewest)
-  bounded = Min (least, most)
-  whole = Cast <to = 7> (bounded)
-  enough = LessOrEqual (short, trained)
+  fewest = Constant <value_int = {FEWEST_AVERAGED}> ()
+  fewer = Constant <value_ints = [{FEWER}]> ()
+  cells = ReduceProd <keepdims = 0> (latent)
+  pixels = ReduceProd <keepdims = 0> (size)
+  area = Mul (ratio, ratio)
+  trained = Mul (area, cells)
+  wanted = Mul (trained, numerator)
+  squares = Mul (fewer, fewer)
+  there = Mul (pixels, denominator)
+  given = Mul (squares, there)
+  short = Less (given, wanted)
+  each = Cast <to = 7> (short)
+  more = ReduceSum <keepdims = 0> (each)
+  whole = Add (fewest, more)
+  enough = LessOrEqual (trained, pixels)
   factor = Where (enough, one, whole)
 }}
 <domain: "own", opset_import: ["" : {OPSET}, "own" : 1]>

@@ -25,7 +25,7 @@ from onnx import (
     numpy_helper,
 )
 
-from export.picture_functions import OWN, own_functions
+from export.picture_functions import COLUMNS, OWN, own_functions
 from export.to_onnx import OPSET
 from export.wheel import halved
 from runtime.bundle.interface import ScheduleData
@@ -36,27 +36,29 @@ from runtime.pipeline.tiler import Roles
 from runtime.pipeline.wiring import EPS, KEPT, LATENT, wires
 from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr
+from runtime.sampling.solvers import Table
 
 LARGEST = (1 << 31) - (1 << 24)  # bytes of all graphs; Protocol Buffers end at 2 GiB
+MOST_PARTS = 4
 IR_VERSION = 10  # that of the bundle's graphs
 GRAPH = "graph"  # the domain of the functions that the bundle's graphs become; none is left
-# A row of the table. x0 = p · x + q · eps, x' = keep · x + move · eps + c · x0₋₁ + d · x0₋₂, and
-# the weights of eps are guidance_scale where `guided` is 1, that of the condition alone where 0.
-COLUMNS = ("alpha_bar", "log_snr", "keep", "move", "p", "q", "c", "d", "guided")
 
 
-def table_rows(request: Request, data: ScheduleData) -> NDArray[np.float32]:
-    """The table of a deterministic request `[S, 9]`, its columns as in COLUMNS."""
-    table, schedule = request.table(data), request.schedule(data)
-    alpha_bar, (low, high) = table.alpha_bar[:-1], request.guidance_interval
+def table_rows(table: Table, guided: Array) -> NDArray[np.float32]:
+    """The table of a deterministic run `[S, 9]`, its columns as in COLUMNS; guided bool `[S]`."""
+    alpha_bar = table.alpha_bar[:-1]
     keep, move, c, d, _ = np.array([table.update(step) for step in range(len(table))]).T
-    logs = log_snr(alpha_bar)
-    times = schedule.time(logs)
-    guided = (times >= low) & (times <= high)
-    bounded = np.clip(logs, -LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+    logs = np.clip(log_snr(alpha_bar), -LARGEST_LOG_SNR, LARGEST_LOG_SNR)
     p, q = table.rows[:, :2].T
-    columns = alpha_bar, bounded, keep, move, p, q, c, d, guided
+    columns = alpha_bar, logs, keep, move, p, q, c, d, guided
     return np.stack(columns, 1).astype(np.float32)
+
+
+def request_rows(request: Request, data: ScheduleData) -> NDArray[np.float32]:
+    """`table_rows` of a request without eta, over a bundle's schedule."""
+    table, (low, high) = request.table(data), request.guidance_interval
+    times = request.schedule(data).time(log_snr(table.alpha_bar[:-1]))
+    return table_rows(table, (times >= low) & (times <= high))
 
 
 def picture_graph(
@@ -64,8 +66,8 @@ def picture_graph(
 ) -> ModelProto:
     """The whole picture of a bundle as one model; see `export.single_file` for what it takes.
 
-    `table` float32 `[S, 9]` as `table_rows` gives it, the default of an input that may be left out;
-    where it is open, it may not.
+    `table` float32 `[S, 9]`, as `request_rows` gives it, is the default of an input that may be
+    left out; where it is open, the input may not.
     """
     program = Program(manifest)
     nodes = program.nodes()
@@ -94,11 +96,36 @@ def graph_function(manifest: Manifest, name: str, half: bool) -> FunctionProto:
     """A graph of a bundle as a function of its name, its weights as constants."""
     spec = manifest.graphs[name]
     model = onnx.load_from_string(manifest.file_bytes(spec))
-    graph = halved(model).graph if half else model.graph
+    graph = sliced(halved(model) if half else model)
     weights = [helper.make_node("Constant", [], [t.name], value=t) for t in graph.initializer]
     inputs, outputs = ([tensor.name for tensor in side] for side in (spec.inputs, spec.outputs))
     imports = [helper.make_opsetid("", OPSET)]
     return helper.make_function(GRAPH, name, inputs, outputs, [*weights, *graph.node], imports)
+
+
+def sliced(model: ModelProto) -> GraphProto:
+    """A model's graph whose splits into many parts are slices: shaders take few tensors at once."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    known = {v.name: v.type.tensor_type.shape.dim for v in (*graph.input, *graph.value_info)}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "Split" or len(node.output) <= MOST_PARTS:
+            nodes.append(node)
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if len(node.input) > 1:
+            ends = np.cumsum(numpy_helper.to_array(weights[node.input[1]]))
+        else:
+            width, count = known[node.input[0]][axis].dim_value, len(node.output)
+            ends = np.minimum(np.arange(1, count + 1) * -(-width // count), width)
+        for name, start, end in zip(node.output, [0, *ends[:-1]], ends, strict=True):
+            numbers = {f"{name}.start": start, f"{name}.end": end, f"{name}.axis": axis}
+            nodes += [constant(key, np.array([number])) for key, number in numbers.items()]
+            nodes.append(helper.make_node("Slice", [node.input[0], *numbers], [name]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return graph
 
 
 class Program:

@@ -23,14 +23,15 @@ import msgspec
 import numpy as np
 import onnx
 
-from export.picture_graph import COLUMNS, picture_graph, table_rows
+from export.picture_functions import COLUMNS
+from export.picture_graph import picture_graph, request_rows
 from runtime import cli
 from runtime.bundle.files import atomic_write, check_writable
 from runtime.bundle.interface import Interface, ShiftedCosineData, Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array, Manifest
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime import load_library
-from runtime.errors import ArtefactError, UsageError
+from runtime.errors import ArtefactError
 from runtime.pipeline.bundle import Bundle, open_bundle
 from runtime.progress import Bar
 from runtime.sampling.choices import SOLVER, SOLVERS, SPACINGS, WHOLE
@@ -47,14 +48,12 @@ log = logging.getLogger("runtime")
 
 def single_file(args: argparse.Namespace) -> None:
     """Compose the file, compare its pictures with the runtime's, and only then write it."""
-    if args.out.suffix != ".onnx":
-        raise UsageError(f"{args.out}: expected a name that ends in .onnx")
     check_writable(args.out)
     bundle = open_bundle(args.bundle, EngineOptions(threads=args.threads))
     request = Request([None], args.latent or bundle.interface.default_latent, **settings(args))
     bundle.check(request)
     manifest = bundle.manifest
-    table = table_rows(request, manifest.schedule)
+    table = request_rows(request, manifest.schedule)
     if isinstance(manifest.schedule, ShiftedCosineData):
         log.warning(
             "the noise of %s depends on the size: the table inside is for pictures of as many "
@@ -109,7 +108,7 @@ def compare(bundle: Bundle, model: bytes, table: Array, settings: dict[str, Any]
     worst = 0.0
     for latent, image in Bar(sizes(interface), desc="compare", unit="size"):
         request = Request(labels, latent, image, guidance_scale=SCALE, **settings)
-        own = table_rows(request, bundle.manifest.schedule)
+        own = request_rows(request, bundle.manifest.schedule)
         feeds = {name: value for name, value in inputs(bundle, request).items() if name in taken}
         if "table" in taken or not np.array_equal(own, table):
             feeds["table"] = own
@@ -155,12 +154,19 @@ def inputs(bundle: Bundle, request: Request) -> dict[str, Array]:
     }
 
 
+def onnx_name(text: str) -> Path:
+    """The path of a file to write; raises ArgumentTypeError where its name is no ONNX file's."""
+    if not text.endswith(".onnx"):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a name that ends in .onnx")
+    return Path(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     found = cli.parser("export.single_file", __doc__)
     add = found.add_argument
     add("bundle", type=Path, nargs="?", default=DEFAULT_BUNDLE, help="a bundle's folder")
-    add("out", type=Path, help="the file to write, NAME.onnx")
+    add("out", type=onnx_name, help="the file to write, NAME.onnx")
     add("--half", action="store_true", help="store as fp16 what it holds exactly, cast inside")
     add("--solver", choices=tuple(SOLVERS), default=SOLVER, help="of the table inside")
     add("--steps", type=cli.number(1, 10_000, int), help="its evaluations (the solver's own)")

@@ -31,7 +31,7 @@ HEAVY = (
     *("r2id", "r2ir_image_summary", "r2ir_encode"),
     *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
 )
-TINY = ROOT / "build" / "tiny"
+TINY, MNIST = ROOT / "build" / "tiny", ROOT / "build" / "mnist"
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 # Random weights have outliers that trained ones have not, hence the budget.
 CALIBRATION = ("--sizes", "4x4,3x5", "--steps", "3", "--every", "1", "--budget", "0.12")
@@ -43,6 +43,14 @@ def tiny_bundle() -> Path:
     if not (TINY / "manifest.json").exists():
         pytest.skip("no build/tiny: run `make test`, or python -m tests.tiny build/tiny")
     return TINY
+
+
+@pytest.fixture(scope="session")
+def mnist_bundle() -> Path:
+    """The bundle of the shipped model, which `make test` exports first."""
+    if not (MNIST / "manifest.json").exists():
+        pytest.skip("no build/mnist: run `make test`, or python -m export")
+    return MNIST
 
 
 @pytest.fixture
