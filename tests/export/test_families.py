@@ -106,24 +106,29 @@ def test_illegal_sizes_name_the_nearest(bundle: Path) -> None:
 
 
 def test_one_file_is_the_whole_picture(bundle: Path) -> None:
-    """Over nodes that random weights do not blow up on, with and without guidance."""
+    """Over nodes and noise of which random weights make neither black nor white alone."""
     opened = open_bundle(bundle, EngineOptions(threads=2))
     nodes = np.array([0.3, 0.6, 0.8, 0.95, 1.0])
     table = Table(nodes, np.array(solvers.rows(nodes, 3, 0.0)))
     guided = np.array([True, False, True, True])
     model = picture_graph(opened.manifest, table_rows(table, guided))
-    session = onnxruntime.InferenceSession(model.SerializeToString())
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings)
+    shares = []  # of what is neither
     for size in FAMILIES[bundle.name][0]:
         request = Request([3, None], size, size, guidance_scale=1.5)
         feeds = inputs(opened, request)
         del feeds["size"]
+        feeds["noise"] *= 0.2
         each = Labels(opened.interface.labels).of_images(request.labels)
         weights = guidance(each, 10, 1.5, np.where(guided, 0.5, 1.0), (0.0, 0.9))
         streams = opened.diffuser.noise(request, size)
         wanted = opened.diffuser.sample(feeds["noise"], streams, table, weights, None, (0, 4))
         found = session.run(["pixels"], feeds)[0]
-        assert (np.abs(wanted) < 1).mean() > 0.1
+        shares.append((np.abs(wanted) < 1).mean())
         assert np.abs(found - (wanted.clip(-1, 1) + 1) / 2).max() <= 1e-3, size
+    assert max(shares) > 0.3
 
 
 @pytest.mark.parametrize("size", [(7, 9), (8, 23), (17, 14)])
