@@ -23,8 +23,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"no {' and no '.join(missing)}: the program cannot be compiled here")
     build = tmp_path_factory.mktemp("cpp")
     own = Path(openvino.__file__).parent / "cmake"
-    configure = ["cmake", "-S", ROOT / "examples" / "cpp", "-B", build, f"-DOpenVINO_DIR={own}"]
-    for line in (configure, ["cmake", "--build", build]):
+    source = str(ROOT / "examples" / "cpp")
+    configure = ["cmake", "-S", source, "-B", str(build), f"-DOpenVINO_DIR={own}"]
+    for line in (configure, ["cmake", "--build", str(build)]):
         done = subprocess.run(line, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
     return build / "picture"
