@@ -5,8 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,10 @@ HEAVY = (
     *("r2id", "r2ir_image_summary", "r2ir_encode"),
     *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
 )
-TINY = ROOT / "build" / "tiny"
+TINY, MNIST = ROOT / "build" / "tiny", ROOT / "build" / "mnist"
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+# So that it looks for no host but those of a test's pages.
+ALONE = ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 # Random weights have outliers that trained ones have not, hence the budget.
 CALIBRATION = ("--sizes", "4x4,3x5", "--steps", "3", "--every", "1", "--budget", "0.12")
@@ -43,6 +47,14 @@ def tiny_bundle() -> Path:
     if not (TINY / "manifest.json").exists():
         pytest.skip("no build/tiny: run `make test`, or python -m tests.tiny build/tiny")
     return TINY
+
+
+@pytest.fixture(scope="session")
+def mnist_bundle() -> Path:
+    """The bundle of the shipped model, which `make test` exports first."""
+    if not (MNIST / "manifest.json").exists():
+        pytest.skip("no build/mnist: run `make test`, or python -m export")
+    return MNIST
 
 
 @pytest.fixture
@@ -109,6 +121,19 @@ def command(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by Playwright: a `playwright.sync_api.Browser`."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: run `make test`")
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
+        pytest.skip(f"no {' or '.join(CHROMIUM)}: run `make browser`, as root on Debian")
+    with playwright.sync_playwright() as own:
+        opened = own.chromium.launch(executable_path=found, args=ALONE)
+        yield opened
+        opened.close()
 
 
 def poison_film(pipeline: Bundle, step: int) -> None:

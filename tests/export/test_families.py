@@ -17,6 +17,8 @@ from export import verify
 from export.chunk_attention import chunk_attention
 from export.families import family_of
 from export.families.hdit import attention
+from export.picture_graph import picture_graph, table_rows
+from export.single_file import inputs
 from export.to_onnx import GraphSource
 from reference import checkpoint
 from reference.families.hdit.attention import neighbourhood
@@ -26,7 +28,12 @@ from runtime.bundle.manifest import read_manifest, relative_error
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
+from runtime.sampling import solvers
+from runtime.sampling.guidance import guidance
+from runtime.sampling.labels import Labels
+from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr
+from runtime.sampling.solvers import Table
 from tests.conftest import Command
 
 # Sizes that no graph was traced at, odd in tokens and not square where that is legal; an illegal
@@ -96,6 +103,32 @@ def test_illegal_sizes_name_the_nearest(bundle: Path) -> None:
     with pytest.raises(UsageError, match="diffuses pixels and has no resampler"):
         opened.generate([1], legal[1], image=(legal[1][0] * 2, legal[1][1] * 2))
     assert not opened.engines.opened
+
+
+def test_one_file_is_the_whole_picture(bundle: Path) -> None:
+    """Over nodes and noise of which random weights make neither black nor white alone."""
+    opened = open_bundle(bundle, EngineOptions(threads=2))
+    nodes = np.array([0.3, 0.6, 0.8, 0.95, 1.0])
+    table = Table(nodes, np.array(solvers.rows(nodes, 3, 0.0)))
+    guided = np.array([True, False, True, True])
+    model = picture_graph(opened.manifest, table_rows(table, guided))
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings)
+    shares = []  # of what is neither
+    for size in FAMILIES[bundle.name][0]:
+        request = Request([3, None], size, size, guidance_scale=1.5)
+        feeds = inputs(opened, request)
+        del feeds["size"]
+        feeds["noise"] *= 0.2
+        each = Labels(opened.interface.labels).of_images(request.labels)
+        weights = guidance(each, 10, 1.5, np.where(guided, 0.5, 1.0), (0.0, 0.9))
+        streams = opened.diffuser.noise(request, size)
+        wanted = opened.diffuser.sample(feeds["noise"], streams, table, weights, None, (0, 4))
+        found = session.run(["pixels"], feeds)[0]
+        shares.append((np.abs(wanted) < 1).mean())
+        assert np.abs(found - (wanted.clip(-1, 1) + 1) / 2).max() <= 1e-3, size
+    assert max(shares) > 0.3
 
 
 @pytest.mark.parametrize("size", [(7, 9), (8, 23), (17, 14)])
