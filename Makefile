@@ -20,7 +20,7 @@ GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime serving reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench families gpu dist test lint lock clean
+.PHONY: help generate export plans calibrate train evaluate bench families gpu dist test lint browser lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -132,6 +132,13 @@ test: lint build/tiny/manifest.json build/mnist/manifest.json .venv-runtime/.run
 	.venv-runtime/bin/python -c 'import importlib.util as u; assert not u.find_spec("torch")'
 	.venv-runtime/bin/python -m pytest tests/runtime
 	$(BIN)/python -m pytest
+
+# Playwright drives the system's own Chromium; where there is none its tests are skipped by name.
+browser: ## what the tests in a browser need: Chromium (Debian's, as root) and ONNX Runtime for browsers
+	@echo "== Chromium, 0.4 GB, and onnxruntime-web, 0.1 GB"
+	command -v chromium chromium-browser google-chrome > /dev/null || \
+		{ apt-get update -q && apt-get install -qy --no-install-recommends chromium; }
+	cd examples/browser && npm ci --no-audit --no-fund
 
 # In a copy: environments without locks, their locks, then every test in what the locks install.
 lock: ## the newest versions of all packages into locks/, if every test passes with them

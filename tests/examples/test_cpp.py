@@ -37,7 +37,7 @@ def test_it_draws_what_the_runtime_does(
     bundle = open_bundle(mnist_bundle)
     request = Request([7], (6, 9), (52, 75), seed=4)
     bundle.diffuser.noise(request, request.latent).draw().tofile(tmp_path / "noise")
-    line = [program, picture_file, "7", "6x9", "52x75", "seven.pgm"]
+    line = [str(program), str(picture_file), "7", "6x9", "52x75", "seven.pgm"]
     for more in (["noise"], []):
         done = subprocess.run([*line, *more], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
