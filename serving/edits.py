@@ -79,13 +79,14 @@ def decoded(name: str, data: bytes, channels: int, limits: Limits) -> NDArray[np
 
 
 def transparency(data: bytes) -> NDArray[np.uint8] | None:
-    """How transparent a picture is, uint8 `[h, w]`; None where it has no such channel."""
+    """How transparent a picture is, uint8 `[h, w]`; None where it is opaque, alpha or not."""
     from PIL import Image
 
     picture = Image.open(io.BytesIO(data))
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return None
-    return 255 - np.asarray(picture.convert("RGBA").getchannel("A"))
+    clear = 255 - np.asarray(picture.convert("RGBA").getchannel("A"))
+    return clear if clear.any() else None
 
 
 def from_base64(name: str, text: str) -> bytes:
