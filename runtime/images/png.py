@@ -4,11 +4,11 @@
 and 11. Pillow writes whole images only, and TIFF would want a library of its own.
 """
 
-import queue
 import struct
-import threading
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -81,29 +81,18 @@ def write_beside(png: PngWriter, bands: Iterable[Rows]) -> None:
     BANDS_AHEAD of them wait at most. What goes wrong on either side ends both, and is raised here
     once the thread has let go of the file.
     """
-    waiting: queue.Queue[Rows | None] = queue.Queue(BANDS_AHEAD)
-    failed: list[Exception] = []
-
-    def write() -> None:
-        while (band := waiting.get()) is not None:
-            try:
-                if not failed:
-                    png.write(band)
-            except Exception as error:  # the queue is still emptied, so that nobody waits
-                failed.append(error)
-
-    thread = threading.Thread(target=write, daemon=True)  # a second Ctrl-C waits for nothing
-    thread.start()
+    # An executor, as a queue.Queue can lose its reader's wake-up where Ctrl-C ends a put.
+    waiting: deque[Future[None]] = deque()
+    thread = ThreadPoolExecutor(1)
     try:
         for band in bands:
-            if failed:
-                break
-            waiting.put(band)
+            waiting.append(thread.submit(png.write, band))
+            if len(waiting) > BANDS_AHEAD:
+                waiting.popleft().result()
+        for written in waiting:
+            written.result()
     finally:
-        waiting.put(None)
-        thread.join()
-    if failed:
-        raise failed[0]
+        thread.shutdown(cancel_futures=True)
     png.close()
 
 
