@@ -26,6 +26,7 @@ from runtime.bundle.state import DecodeState
 from runtime.engines import EngineOptions, check_engine_kind
 from runtime.errors import ArtefactError, UsageError
 from runtime.pipeline.checks import check_images, check_pixels, check_request
+from runtime.pipeline.coder import Coder
 from runtime.pipeline.diffuser import Diffuser, OnStep
 from runtime.pipeline.editing import Kept
 from runtime.pipeline.opened import Engines
@@ -93,7 +94,7 @@ class Bundle:
         self.manifest = manifest
         self.engines = engines or Engines(manifest, options)
         self.options = self.engines.options
-        self.resampler: Resampler | Uncoded = (
+        self.resampler: Coder = (
             Resampler(self.engines) if manifest.interface.decoupled else Uncoded(manifest)
         )
         self.diffuser = Diffuser(self.engines, self.resampler)

@@ -18,11 +18,10 @@ from runtime.bundle.manifest import Array
 from runtime.coordinates import grid
 from runtime.engines import HISTORY, Engine, SamplingEngine
 from runtime.errors import StoppedError
+from runtime.pipeline.coder import Coder
 from runtime.pipeline.editing import Editor
 from runtime.pipeline.inputs import StepInputs, distinct, gather
 from runtime.pipeline.opened import Engines
-from runtime.pipeline.resampler import Resampler
-from runtime.pipeline.uncoded import Uncoded
 from runtime.pipeline.wiring import EPS, KEPT, LATENT, wires
 from runtime.sampling import schedule, solvers
 from runtime.sampling.guidance import Guidance, guide
@@ -71,7 +70,7 @@ OnStep = Callable[[Progress], object]
 class Diffuser:
     """The graphs of a bundle's denoiser, and the sampler around them."""
 
-    def __init__(self, engines: Engines, resampler: Resampler | Uncoded):
+    def __init__(self, engines: Engines, resampler: Coder):
         self.engines, self.resampler = engines, resampler
         self.manifest = engines.manifest
         self.editor = Editor(self.manifest.interface, resampler)

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from runtime.bundle.interface import Interface, Size
 from runtime.bundle.manifest import Array
 from runtime.images.pixels import resized
-from runtime.pipeline.resampler import Resampler
-from runtime.pipeline.uncoded import Uncoded
+from runtime.pipeline.coder import Coder
 from runtime.sampling.loop import Hold
 from runtime.sampling.request import Request
 
@@ -66,7 +65,7 @@ class Kept:
 class Editor:
     """The pictures of requests as latents and as what is kept; the last one's latents stay."""
 
-    def __init__(self, interface: Interface, resampler: Resampler | Uncoded):
+    def __init__(self, interface: Interface, resampler: Coder):
         self.interface, self.resampler = interface, resampler
         self._last: tuple[tuple[object, ...], Floats] | None = None  # replaced whole: no lock
 

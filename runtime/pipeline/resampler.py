@@ -16,25 +16,24 @@ from runtime.bundle.state import DecodeState
 from runtime.coordinates import grid
 from runtime.errors import UsageError
 from runtime.memory import resident
+from runtime.pipeline.coder import Coder, View
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.tiler import DEFAULT_ROOM, Pixels, Roles, Tiler
 from runtime.pipeline.tiles import (
     SAMPLE,
-    Crop,
     Read,
     averaged,
     check_memory,
-    fill,
-    window_of,
     windows_of,
 )
 
 
-class Resampler:
+class Resampler(Coder):
     """Image ↔ latent of any size, within `memory` bytes of this process where that is given."""
 
     def __init__(self, engines: Engines):
-        self.engines, self.manifest = engines, engines.manifest
+        super().__init__(engines.manifest)
+        self.engines = engines
         self.roles = Roles.of(self.manifest)
         self._held: int | None = None  # bytes in memory before the first tile
 
@@ -54,7 +53,7 @@ class Resampler:
 
         1 where engines run whole images alone and cannot run so large a one.
         """
-        factor = averaged(latent, size, self.manifest.interface.pixels_per_latent)
+        factor = averaged(latent, size, self.interface.pixels_per_latent)
         if factor > 1 and self.engines.whole(self.roles.decode):
             try:
                 self.check_draw((factor * size[0], factor * size[1]))
@@ -63,49 +62,41 @@ class Resampler:
         return factor
 
     def drawing(self, latent: Size, size: Size) -> list[str]:
-        """The graphs that drawing an image of `size` from a latent of a size needs."""
         roles = self.roles
         pixels = self.averaged(latent, size) ** 2 * size[0] * size[1]
         sampled = pixels > SAMPLE * SAMPLE and not self.engines.whole(roles.decode)
         return [roles.read_latent, roles.decode, *([roles.render, roles.respond] * sampled)]
 
     def encoding(self, size: Size) -> list[str]:
-        """The graphs that encoding an image of `size` needs."""
         return [self.roles.read_image, self.roles.encode]
 
     def check_draw(self, image: Size) -> None:
-        """Raise UsageError where no image of this size can be drawn."""
-        self.manifest.interface.image_sides.check(image, "image")
+        self.interface.image_sides.check(image, "image")
         self.engines.check(self.roles.decode, _sizes(image))
 
     def check_state(self, latent: Size) -> None:
-        """Raise UsageError where no latent of this size can be read."""
-        self.manifest.interface.latent_sides.check(latent, "latent")
+        self.interface.latent_sides.check(latent, "latent")
         self.engines.check(self.roles.read_latent, _sizes(latent))
 
     def check_encode(self, image: Size, latent: Size, batch: int) -> None:
-        """Raise UsageError where images of this size cannot become latents of that one."""
-        interface = self.manifest.interface
-        interface.image_sides.check(image, "image")
-        interface.latent_sides.check(latent, "latent")
+        self.interface.image_sides.check(image, "image")
+        self.interface.latent_sides.check(latent, "latent")
         self.engines.check(self.roles.read_image, _sizes(image, batch))
         self.engines.check(self.roles.encode, _sizes(latent, batch))
 
     def check_enlarge(self, latent: Size, larger: Size, batch: int) -> None:
-        """Raise UsageError where `enlarge` cannot take latents of one size to the other."""
-        between = self.manifest.interface.image_size(larger)
+        between = self.interface.image_size(larger)
         self.check_state(latent)
         self.check_draw(between)
         self.check_encode(between, larger, batch)
 
     def check_memory(self, memory: int, latent: Size, size: Size) -> None:
-        """Raise ResourceError where drawing an image of `size` needs more than `memory` bytes."""
         tiler, graphs = self.tiler(memory), self.drawing(latent, size)
         check_memory(memory, max(tiler.bytes_needed(graph, 1) for graph in graphs))
 
     def latent_between(self, image: Size, size: Size, memory: int | None = None) -> Size:
         """See `Bundle.latent_between`."""
-        tiler, interface = self.tiler(memory), self.manifest.interface
+        tiler, interface = self.tiler(memory), self.interface
         share = min(1.0, max(size[0] / image[0], size[1] / image[1]))
         cells = max(1, tiler.room // max(1, tiler.bytes_needed(self.roles.encode, 1)))
         height, width = interface.latent_size(image)
@@ -115,22 +106,12 @@ class Resampler:
 
     def enlarge(self, x0: Array, size: Size) -> Array:
         """Latents float32 `[B, C, H, W]` as ones of `size`, by way of their images."""
-        between = self.manifest.interface.image_size(size)
+        between = self.interface.image_size(size)
         return self.encode(self.decode(x0, between), size)
-
-    def encode(self, pixels: Array, size: Size, memory: int | None = None) -> Pixels:
-        """Pixels float32 `[B, c, h, w]` in [-1, 1] -> latent `[B, C, *size]` in [-1, 1]."""
-        image = pixels.shape[2], pixels.shape[3]
-        return self.encode_windows(windows_of(pixels), image, size, memory, len(pixels))
 
     def encode_windows(
         self, read: Read, image: Size, size: Size, memory: int | None = None, batch: int = 1
     ) -> Pixels:
-        """`encode` of an image that is read by windows: one tile of it is in memory at a time.
-
-        `read(top, left, height, width)` gives float32 `[B, c, height, width]`, from the top down.
-        The latent is made whole: raises ResourceError where a `memory` given is too small for it.
-        """
         self.check_encode(image, size, batch)
         engine, tiler = self.engines.open(self.roles.encode), self.tiler(memory)
         if memory is not None:
@@ -157,49 +138,12 @@ class Resampler:
         return self.manifest.graph(self.roles.render).sha256
 
     def check_decode_state(self, state: DecodeState, source: str) -> None:
-        """Raise ArtefactError naming `source` where a state is of another bundle or not whole."""
         sums = self.manifest.graph(self.roles.read_latent).outputs
         state.check(self._bound_to, {tensor.name: tensor.axes for tensor in sums}, source)
 
-    def draw(
-        self,
-        state: DecodeState,
-        size: Size,
-        crop: Crop | None = None,
-        exact: bool = False,
-        memory: int | None = None,
-        index: int = 0,
-    ) -> Iterator[Pixels]:
-        """Image `index` of a state at `size` in bands `[c, rows, width]` in [-1, 1], from the top.
-
-        `crop` (top, left, height, width) draws that window of the image alone, `exact` takes the
-        GRN ratios from every pixel instead of a sample, `memory` in bytes chooses the tiles.
-        Images of fewer pixels per latent cell than the model was trained with are averaged.
-        Raises UsageError, ArtefactError for a state of another bundle, ResourceError.
-        """
-        self.check_draw(size)
-        window = window_of(crop, size)
-        self.check_decode_state(state, "decode state")
-        factor = self.averaged(state.latent, size)
-        return self.tiler(memory).draw(state.one(index), size, window, exact, factor)
-
-    def decode(
-        self,
-        latent: Array,
-        size: Size,
-        crop: Crop | None = None,
-        exact: bool = False,
-        memory: int | None = None,
-    ) -> Pixels:
-        """Latent float32 `[B, C, H, W]` -> pixels `[B, c, *size]` in [-1, 1]; see `draw`."""
-        self.check_draw(size)
-        window = window_of(crop, size)
-        state = self.state(latent)
-        channels = self.manifest.interface.color_channels
-        pixels = np.empty((len(state), channels, window.height, window.width), np.float32)
-        for index, image in enumerate(pixels):
-            fill(image, self.draw(state, size, crop, exact, memory, index))
-        return pixels
+    def _bands(self, sums: dict[str, Array], latent: Size, view: View) -> Iterator[Pixels]:
+        size, window, exact, memory = view
+        return self.tiler(memory).draw(sums, size, window, exact, self.averaged(latent, size))
 
 
 def _sizes(size: Size, batch: int = 1) -> dict[str, int]:
