@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.contenders import GEMM_ROWS, Contender, Measured, Prepared, Size, build, kind_of
 from runtime.bundle.manifest import Array
-from runtime.engines import HISTORY, Engine, EngineOptions
+from runtime.engines import HISTORY, Engine, EngineOptions, kernels
 from runtime.memory import peak_resident, resident
 from runtime.progress import Bar
 
@@ -188,7 +188,7 @@ def open_plan(
     """The step graph's plan, built here for the GPU at hand: a profile for each prepared size."""
     from runtime.engines.tensorrt import TensorRTEngine
 
-    os.environ["XDG_CACHE_HOME"] = str(prepared.folder)  # compiled kernels leave with the plan
+    os.environ[kernels.VARIABLE] = str(prepared.folder)  # compiled kernels leave with the plan
     spec = prepared.specs[contender.graph]
     data, plan = build_plan(prepared, contender)
     before = free_memory()

@@ -15,6 +15,7 @@ from hypothesis import settings
 
 from runtime.bundle.files import TEMPORARY_PREFIX
 from runtime.bundle.manifest import Array
+from runtime.engines import kernels
 from runtime.pipeline.bundle import Bundle
 
 # A machine that is busy with other things is slow, not wrong.
@@ -121,6 +122,14 @@ def command(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    """Leave the user's cache folder alone: what a test opens is compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.VARIABLE, "off")
+        yield
 
 
 @pytest.fixture(scope="module")

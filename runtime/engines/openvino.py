@@ -4,18 +4,22 @@ It runs the plain graphs: its ONNX reader takes no Scan whose body reads values 
 the FFNs of the step do in the form for processors.
 """
 
+import contextlib
 import functools
+import json
 import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.bundle.files import sha256
 from runtime.bundle.interface import Size
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
-from runtime.engines import EngineOptions
+from runtime.engines import EngineOptions, kernels
 from runtime.engines.onnx_file import check_interface, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
 from runtime.memory import is_out_of_memory, memory, memory_error
@@ -101,7 +105,7 @@ class OpenVinoEngine:
         self._compiling = threading.Lock()
         self._threads = threading.local()
         if spec.lifetime == "step":
-            self._compile(_nothing(), ())  # shows a property that is refused
+            self._compile(_nothing())  # shows a property that is refused
         else:
             self._native(())
 
@@ -163,7 +167,7 @@ class OpenVinoEngine:
             if native is None:
                 while len(self.compiled) >= OWN_FORMS:
                     del self.compiled[next(iter(self.compiled))]
-                native = self._compile(self.graph, shapes)
+                native = self._compile(self._of_size(shapes), self._kept(shapes))
             self.compiled[shapes] = native
             return native
 
@@ -174,14 +178,25 @@ class OpenVinoEngine:
             own.update(native=native, request=native.create_infer_request())
         return own["request"]
 
-    def _compile(self, graph: Any, shapes: tuple[Shape, ...]) -> Any:
-        """A graph compiled for inputs of `shapes`, or for all; see the class for what it raises."""
+    def _of_size(self, shapes: tuple[Shape, ...]) -> Any:
+        """The graph of inputs of `shapes` alone, or of all."""
+        if not shapes:
+            return self.graph
+        graph = self.graph.clone()
+        names = (tensor.name for tensor in self.spec.inputs)
+        graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
+        return graph
+
+    def _kept(self, shapes: tuple[Shape, ...]) -> Path | None:
+        """Where the graph compiled for `shapes` is kept; see `kernels`."""
+        what = self.spec.sha256, sorted(self.properties.items()), shapes
+        digest = sha256(json.dumps([*what, *machine()]).encode())
+        return kernels.path_of(f"openvino-{digest[:32]}")
+
+    def _compile(self, graph: Any, kept: Path | None = None) -> Any:
+        """A graph compiled, or read from `kept`; see the class for what it raises."""
         try:
-            if shapes:
-                graph = graph.clone()
-                names = (tensor.name for tensor in self.spec.inputs)
-                graph.reshape(dict(zip(names, map(list, shapes), strict=True)))
-            return load_core().compile_model(graph, DEVICE, self.properties)
+            return compiled(graph, self.properties, kept)
         except Exception as error:
             if is_out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
@@ -189,6 +204,32 @@ class OpenVinoEngine:
                 f"--provider openvino: {self.spec.file}: {_refusal(error)}. Check each "
                 "--provider-option, or choose --provider cpu or --allow-fallback"
             ) from None
+
+
+@functools.cache
+def machine() -> list[str]:
+    """What a compiled graph depends on beside the graph: library, processor and this file."""
+    library = load_library().__version__
+    name, able = (
+        str(load_core().get_property(DEVICE, key))
+        for key in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
+    )
+    return [library, name, able, sha256(Path(__file__).read_bytes())]
+
+
+def compiled(graph: Any, properties: Mapping[str, Any], kept: Path | None) -> Any:
+    """A graph as OpenVINO compiles it, read from the file `kept` where that is whole.
+
+    Kept here and not by OpenVINO's own CACHE_DIR, which reads damaged files and grows for ever.
+    """
+    data = kernels.read(kept) if kept else None
+    if data is not None:
+        with contextlib.suppress(RuntimeError):
+            return load_core().import_model(data, DEVICE, dict(properties))
+    native = load_core().compile_model(graph, DEVICE, dict(properties))
+    if kept:
+        kernels.write(kept, native.export_model().getvalue())
+    return native
 
 
 def shapes_of(ports: Any) -> dict[str, list[int | None]]:

@@ -360,9 +360,10 @@ def _runtime_config(engine: TensorRTEngine, library: Any) -> Any:
     config.dynamic_shapes_kernel_specialization_strategy = (
         library.DynamicShapesKernelSpecializationStrategy.LAZY
     )
+    path = kernels.path_of(f"{engine.plan.flavour}-{engine.plan.sha256[:24]}-{device_target()}")
+    if path is None:
+        return config
     cache = config.create_runtime_cache()
-    name = f"{engine.plan.flavour}-{engine.plan.sha256[:24]}-{device_target()}.cache"
-    path = kernels.folder() / name
     known = kernels.read(path)
     if known is not None and not cache.deserialize(known):
         engine.log.errors.clear()  # an older driver's, say: no reason for any later failure

@@ -22,7 +22,7 @@ from runtime import doctor
 from runtime.bundle.files import sha256
 from runtime.bundle.manifest import PlanSpec, relative_error
 from runtime.bundle.profiles import choose
-from runtime.engines import tensorrt
+from runtime.engines import kernels, tensorrt
 from runtime.errors import UsageError
 from tests.conftest import Command
 from tests.runtime.simulated import simulate
@@ -122,7 +122,7 @@ def test_a_plan_s_steps_are_timed_on_the_device_and_give_its_eps(
     """On a simulated one, whose plan is the graph itself."""
     library = simulate(monkeypatch)
     monkeypatch.setattr(steps, "PLAN_WARM", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", "")  # set by what is timed, and put back after it
+    monkeypatch.setenv(kernels.VARIABLE, "off")  # set by what is timed, and put back after it
     data = prepared.file("r2id").read_bytes()
     sizes = {"height": (1, 4, 8), "width": (1, 6, 8), "batch": (1, 1, 1), "conditions": (2, 2, 2)}
     plan = PlanSpec(

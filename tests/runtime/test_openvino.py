@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from runtime import open_bundle
 from runtime.bundle.files import sha256
 from runtime.bundle.manifest import Array, Manifest, TensorSpec, read_manifest, relative_error
-from runtime.engines import EngineOptions, open_engine
+from runtime.engines import EngineOptions, kernels, open_engine
+from runtime.engines import openvino as module
 from runtime.engines.openvino import OWN_FORMS, OWN_TOKENS, OpenVinoEngine, load_core
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError, UsageError
 from runtime.images.pixels import read_metadata
@@ -189,6 +190,54 @@ def test_large_steps_and_the_default_size_have_forms_of_their_own(tiny_bundle: P
     height, width = manifest.interface.default_latent
     engine.run(inputs(manifest, "r2id", SIZES[0] | {"height": height, "width": width}))
     assert [*engine.compiled][-1][0] == (1, 4, height, width)
+
+
+@NEEDED
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_graphs_are_kept_and_give_the_same_bytes(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    if precision == "bf16" and not bf16_here():
+        pytest.skip("this CPU has no bf16 in OpenVINO")
+    manifest, own = read_manifest(tiny_bundle), options(precision=precision)
+    compiled, core = [], load_core()
+
+    class Counted:
+        """OpenVINO's core, which says what it compiles."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(core, name)
+
+        def compile_model(self, *args: object) -> object:
+            compiled.append(args)
+            return core.compile_model(*args)
+
+    monkeypatch.setattr(module, "load_core", lambda: Counted())
+
+    def draw() -> tuple[list[bytes], int]:
+        """Every graph's outputs at three sizes, one with a form of its own, freshly opened."""
+        before, found = len(compiled), []
+        for graph in manifest.graphs:
+            engine = open_engine(manifest, graph, own)
+            for sizes in SIZES:
+                found += [a.tobytes() for a in engine.run(inputs(manifest, graph, sizes)).values()]
+        return found, len(compiled) - before
+
+    fresh, every = draw()
+    monkeypatch.setenv(kernels.VARIABLE, str(tmp_path / "kept"))
+    assert draw() == (fresh, every)
+    kept = sorted((tmp_path / "kept").glob("openvino-*.cache"))
+    assert len(kept) == every - 1  # less what shows that properties are refused
+    assert draw() == (fresh, 1)
+    damaged = bytearray(kept[0].read_bytes())
+    damaged[len(damaged) // 2] ^= 64
+    kept[0].write_bytes(damaged)
+    kernels.write(kept[1], b"of another version")
+    assert draw() == (fresh, 3)
+    assert draw() == (fresh, 1)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv(kernels.VARIABLE, str(tmp_path / "file"))
+    assert draw() == (fresh, every)
 
 
 @NEEDED

@@ -71,7 +71,7 @@ def bundle(own_bundle: Path) -> Path:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Library:
     """A machine with a GPU of sm89 and TensorRT for RTX 9.9, simulated."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(kernels.VARIABLE, str(tmp_path / "cache"))
     return simulate(monkeypatch)
 
 
@@ -401,6 +401,15 @@ def test_refused_kernels_are_no_reason_for_a_later_failure(bundle: Path, library
     library.failing, library.says = "execute_async_v3", "the native reason"
     with pytest.raises(IncompatibleError, match=r"by tensorrt_rtx 9\.9: the native reason\."):
         engine.run({"alpha_bar": np.full(3, 0.5, np.float32)})
+
+
+def test_kernels_are_not_kept_where_that_is_off(
+    bundle: Path, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    opened(bundle).engines.open("r2id_film")
+    gc.collect()
+    assert not (tmp_path / "cache").exists()
 
 
 def manifest_of(bundle: Path) -> tuple[Manifest, PlanSpec]:
