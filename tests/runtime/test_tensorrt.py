@@ -1,5 +1,6 @@
 """Plans: what is refused on opening and why, and the engine on a simulated device."""
 
+import dataclasses
 import gc
 import json
 import re
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from runtime import open_bundle
+from runtime import certificate, open_bundle
 from runtime.bundle.files import sha256
 from runtime.bundle.folders import exclusive
 from runtime.bundle.manifest import Manifest, PlanSpec, read_manifest, relative_error
@@ -463,3 +464,16 @@ def test_cuda_python_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(IncompatibleError, match=r"pip install 'cuda-bindings>=13'"):
         cuda.load_cuda()
+
+
+def test_plans_are_certified_as_graphs_are(bundle: Path, library: Library) -> None:
+    manifest = read_manifest(bundle)
+    size = certificate.sized(manifest.interface, (4, 6))
+    case = certificate.reference_case(manifest, size, 2, True, 1)
+    (engine,) = certificate.contenders(manifest, [certificate.PLANS], None)
+    row = certificate.measured(bundle, engine, 1, case)
+    assert not certificate.broken("fp32", row) and row["ran_on"] == "tensorrt_rtx", row
+    assert row["device_mib"] >= 0 and {*row["parity"]} == {"eps", "decode", "encode"}
+    far = certificate.sized(manifest.interface, (80, 6))
+    row = certificate.measured(bundle, engine, 1, dataclasses.replace(case, size=far))
+    assert row["exit_code"] == 2 and "outside its profiles" in row["failed"]
