@@ -16,6 +16,7 @@ COMMANDS = {
     "render": "draw any size or crop of what generate --state has kept",
     "resample": "take an image through a latent to another size",
     "inspect": "what a bundle holds, and whether its files are whole",
+    "certify": "does this machine draw what it should, in every precision and at every size?",
     "doctor": "what this machine can run, what to install, what to type next",
 }
 FIRST = "python -m runtime generate --label 7"

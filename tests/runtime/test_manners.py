@@ -15,7 +15,7 @@ from runtime import EngineOptions, cli, open_bundle, progress
 from runtime.images.pixels import read_metadata
 from tests.conftest import Command
 
-COMMANDS = ("generate", "render", "resample", "inspect", "doctor")
+COMMANDS = ("generate", "render", "resample", "inspect", "certify", "doctor")
 
 
 def drawn(command: Command, bundle: Path, *args: object) -> Any:

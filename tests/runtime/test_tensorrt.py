@@ -1,5 +1,6 @@
 """Plans on a simulated device: what the engine draws, copies, keeps and gives back."""
 
+import dataclasses
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import open_bundle
+from runtime import certificate, open_bundle
 from runtime.bundle.folders import exclusive
-from runtime.bundle.manifest import relative_error
+from runtime.bundle.manifest import read_manifest, relative_error
 from runtime.engines import HISTORY, EngineOptions, SamplingEngine, kernels
 from runtime.errors import (
     IncompatibleError,
@@ -239,3 +240,16 @@ def test_kernels_are_not_kept_where_that_is_off(
     opened(planned).engines.open("r2id_film")
     gc.collect()
     assert not (tmp_path / "cache").exists()
+
+
+def test_plans_are_certified_as_graphs_are(planned: Path, library: Library) -> None:
+    manifest = read_manifest(planned)
+    size = certificate.sized(manifest.interface, (4, 6))
+    case = certificate.reference_case(manifest, size, 2, True, 1)
+    (engine,) = certificate.contenders(manifest, [certificate.PLANS], None)
+    row = certificate.measured(planned, engine, 1, case)
+    assert not certificate.broken("fp32", row) and row["ran_on"] == "tensorrt_rtx", row
+    assert row["device_mib"] >= 0 and {*row["parity"]} == {"eps", "decode", "encode"}
+    far = certificate.sized(manifest.interface, (80, 6))
+    row = certificate.measured(planned, engine, 1, dataclasses.replace(case, size=far))
+    assert row["exit_code"] == 2 and "outside its profiles" in row["failed"]
