@@ -154,10 +154,10 @@ def test_a_token_is_needed_beyond_this_machine(
 def test_sigterm_finishes_what_was_accepted_and_refuses_what_comes(
     tiny_bundle: Path, alone: Draw
 ) -> None:
-    with running(tiny_bundle, "--max-steps", 10_000) as server, ThreadPoolExecutor(2) as pool:
-        drawing = pool.submit(server.draw, prompt="b", seed=1, num_inference_steps=1000)
-        waiting = pool.submit(server.draw, prompt="b", seed=1)
+    with running(tiny_bundle, "--max-steps", 10_000) as server, ThreadPoolExecutor(3) as pool:
+        drawing = pool.submit(server.draw, prompt="b", seed=1, num_inference_steps=5000)
         until(lambda: server.metric("r2_drawing_pictures") == 1)
+        waiting = pool.submit(server.draw, prompt="b", seed=1)
         until(lambda: server.metric("r2_queue_pictures") == 1)
         code = pool.submit(server.stop)
         until(lambda: refused(server))
