@@ -55,8 +55,8 @@ def die() -> Iterator[int]:
 def test_work_that_fails_hangs_or_dies_gives_what_it_had_and_a_reason() -> None:
     assert [*apart.items(fail, 2)] == [0, 1, apart.Failure("ValueError: the first line")]
     assert [*apart.items(die)] == [1, apart.Failure("its process ended with SIGKILL")]
-    child, failure = apart.items(hang, 600.0, seconds=5.0)
-    assert failure == apart.Failure("stopped after 5 s, its share of the time")
+    child, failure = apart.items(hang, 600.0, seconds=10.0)
+    assert failure == apart.Failure("stopped after 10 s, its share of the time")
     end = time.monotonic() + 30
     while running(child) and time.monotonic() < end:
         time.sleep(0.05)

@@ -189,10 +189,10 @@ def test_a_configuration_is_compared_before_it_is_built(
     metadata: dict[str, object], saved: Path
 ) -> None:
     edited(saved, **metadata)
-    before, began = peak_resident(), time.monotonic()
+    before, began = peak_resident(), time.process_time()
     with pytest.raises(ArtefactError, match=r"tiny\.safetensors: "):
         checkpoint.load(saved)
-    assert peak_resident() - before < 256 << 20 and time.monotonic() - began < 20
+    assert peak_resident() - before < 256 << 20 and time.process_time() - began < 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])

@@ -47,14 +47,14 @@ def idx(shape: tuple[int, ...], data: bytes) -> bytes:
 def bounded(read: Callable[[], object]) -> str:
     """What `read` says when it refuses, in a second and 64 MB."""
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     try:
         with pytest.raises(ToolkitError) as caught:
             read()
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - began < 5  # a tenth of it where nothing else runs
+    assert time.process_time() - began < 5  # a tenth of it on two cores
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -332,7 +332,7 @@ def test_random_damage_ends_in_an_error_of_ours_or_none(
         )
         for end in ("png", "jpg", "webp")
     }
-    (whole, read), refused, began = kinds[kind], 0, time.monotonic()
+    (whole, read), refused, began = kinds[kind], 0, time.process_time()
     for turn in range(150):
         path.write_bytes(damaged(whole, turn))
         try:
@@ -340,4 +340,4 @@ def test_random_damage_ends_in_an_error_of_ours_or_none(
         except ArtefactError as error:
             refused += 1
             assert str(error).startswith(str(tmp_path)) and "\n" not in str(error), error
-    assert refused > 20 and time.monotonic() - began < 60
+    assert refused > 20 and time.process_time() - began < 60
