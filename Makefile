@@ -20,7 +20,7 @@ GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime serving reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train evaluate bench families gpu dist test lint browser lock clean
+.PHONY: help generate export plans calibrate train distill evaluate bench families gpu dist test lint browser lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -99,6 +99,9 @@ calibrate: .venv/.full build/mnist/.half ## 8-bit graphs in build/mnist, and wha
 
 train: .venv/.full ## a checkpoint of CONFIG from DATA, continued where it was stopped
 	$(BIN)/python -m reference.train --config $(CONFIG) --data $(DATA) --out runs/$(CONFIG)
+
+distill: .venv/.full ## CHECKPOINT with its guidance folded in: one branch a step instead of two
+	$(BIN)/python -m reference.distill --checkpoint $(CHECKPOINT) --data $(DATA) --out runs/distilled
 
 evaluate: .venv/.full build/mnist/manifest.json ## what a checkpoint is worth: errors, digits read right, pictures
 	$(BIN)/python -m reference.evaluate --checkpoint $(CHECKPOINT) --data $(DATA) --bundle build/mnist \

@@ -149,7 +149,7 @@ def inputs(bundle: Bundle, request: Request) -> dict[str, Array]:
     return {
         "noise": bundle.diffuser.noise(request, request.latent).draw(),
         "condition": condition,
-        "guidance_scale": np.array(request.guidance_scale, np.float32),
+        "guidance_scale": np.array(request.scale(bundle.interface), np.float32),
         "size": np.array(request.image, np.int64),
     }
 

@@ -34,6 +34,7 @@ from reference.evaluation.judging import Judge, balanced, judged, trained_on
 from reference.evaluation.likeness import continued, same_picture
 from reference.evaluation.report import print_report
 from reference.evaluation.sheets import Sheets, save_chart
+from reference.families import FAMILIES, R2
 from reference.provenance import picture_side
 from runtime import cli
 from runtime.bundle.files import Measures
@@ -203,16 +204,20 @@ def real_digits(args: argparse.Namespace, loaded: Checkpoint) -> tuple[Images, I
 
 def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]) -> Drawing:
     """By the bundle of --bundle or by the models; UsageError for a bundle of another checkpoint."""
-    sampling = Sampling(args.solver, args.steps, args.guidance, args.guidance_interval)
+
+    def sampling(own: float) -> Sampling:
+        scale = own if args.guidance is None else args.guidance
+        return Sampling(args.solver, args.steps, scale, args.guidance_interval)
+
     if args.bundle is None:
-        draw = TorchDrawing(loaded.models, sampling, parts)
-        if not draw.decoupled:
+        if loaded.family is not FAMILIES[R2]:
             raise UsageError(
                 f"{args.checkpoint}: {loaded.family.name} diffuses pixels over a schedule that its "
                 "bundle's manifest describes; pass --bundle. Make one with: python -m export "
                 f"--checkpoint {args.checkpoint} --out build/{loaded.family.name}"
             )
-        return draw
+        config = loaded.models.config
+        return TorchDrawing(loaded.models, sampling(config.guidance_scale), parts)
     graphs = open_bundle(args.bundle, EngineOptions(args.provider, precision=args.precision))
     source = graphs.manifest.checkpoint
     found = None if source is None else source.sha256
@@ -221,7 +226,7 @@ def drawing(args: argparse.Namespace, loaded: Checkpoint, parts: tuple[int, ...]
             f"{args.bundle}: made from checkpoint {found}; expected {loaded.sha256}. Make it "
             f"again with: python -m export --checkpoint {args.checkpoint} --out {args.bundle}"
         )
-    return GraphDrawing(graphs, sampling, parts)
+    return GraphDrawing(graphs, sampling(graphs.interface.guidance_scale), parts)
 
 
 def extent(args: argparse.Namespace, draw: Drawing) -> Extent:
@@ -270,7 +275,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "drawn_by": graphs if args.bundle else "PyTorch",
         "solver": args.solver,
         "steps": draw.sampling.count,
-        "guidance_scale": args.guidance,
+        "guidance_scale": draw.sampling.guidance_scale,
         "guidance_interval": [*args.guidance_interval],
         "noise": COHERENT,
         "digits_per_size": own.digits,
@@ -300,7 +305,7 @@ def main() -> None:
     add("--images", type=cli.number(10, 10_000, int), help="of the test set (10000, --quick 200)")
     add("--solver", choices=tuple(SOLVERS), default=SOLVER, help=f"how steps are made ({SOLVER})")
     add("--steps", type=cli.number(1, 10_000, int), help="evaluations (the solver's)")
-    add("--guidance", type=cli.number(-100, 100), default=2.0, help="scale (2)")
+    add("--guidance", type=cli.number(-100, 100), help="scale (the checkpoint's, mostly 2)")
     interval = "t within which it counts (0..1)"
     add("--guidance-interval", type=cli.interval, default=WHOLE, metavar="LOW..HIGH", help=interval)
     add("--bundle", type=Path, help="draw with this bundle's graphs")

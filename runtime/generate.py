@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "solver": SOLVER,
     "spacing": None,
     "steps": None,
-    "guidance": 2.0,
+    "guidance": None,
     "guidance_interval": WHOLE,
     "eta": 0.0,
     "seed": 0,
@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
         choices=SPACINGS,
         help=f"what steps are even in ({spacing}; or the schedule's)",
     )
-    add("--guidance", type=cli.number(-100, 100), help="guidance_scale; 1 is the label alone (2)")
+    scale = "guidance_scale; 1 is the label alone (the bundle's, mostly 2)"
+    add("--guidance", type=cli.number(-100, 100), help=scale)
     interval = "t within which --guidance counts, else it is 1: no null branch to compute (0..1)"
     add("--guidance-interval", type=cli.interval, metavar="LOW..HIGH", help=interval)
     add("--eta", type=cli.number(0, 10), help="fresh noise per step; 0 is deterministic (0)")
@@ -262,6 +263,8 @@ def resolve(bundle: "Bundle", wanted: dict[str, Any], pictures: dict[str, Any]) 
         bundle, wanted["solver"], wanted["latent"]
     )
     wanted["steps"] = wanted["steps"] or solver.steps
+    if wanted["guidance"] is None:
+        wanted["guidance"] = interface.guidance_scale
     if wanted["continue_at"]:
         wanted["continue_from"] = wanted["continue_from"] or wanted["steps"] // 2
 

@@ -86,7 +86,7 @@ class Asked:
             latent,
             image or interface.image_size(latent),
             SOLVERS[solver].steps if self.steps is None else self.steps,
-            2.0 if self.guidance_scale is None else self.guidance_scale,
+            interface.guidance_scale if self.guidance_scale is None else self.guidance_scale,
             0.0 if self.eta is None else self.eta,
             solver,
             edit=self.edit,

@@ -50,7 +50,7 @@ class Settings:
     latent: Size
     image: Size
     steps: int
-    guidance_scale: float = 2.0
+    guidance_scale: float
     eta: float = 0.0
     solver: str = DEFAULTS["solver"]
     noise: str = DEFAULTS["noise"]

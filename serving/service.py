@@ -89,6 +89,7 @@ class Service:
             "size": write_size(interface.image_size(latent)),
             "pixels_per_latent": interface.pixels_per_latent,
             "latent_sides": [sides.minimum, sides.maximum, sides.multiple],
+            "guidance_scale": interface.guidance_scale,
             "trained": msgspec.to_builtins(interface.trained),
             "color_channels": interface.color_channels,
             "limits": asdict(self.limits),

@@ -14,6 +14,8 @@ Count = Annotated[int, Meta(ge=1, le=LARGEST)]
 # Letters of any script, without control characters.
 Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z")]
 Size = tuple[int, int]  # height, width
+Scale = Annotated[float, Meta(ge=-100, le=100)]
+GUIDANCE = 2.0  # the scale where neither a request nor its bundle names one
 FAR = 1.25  # times what training saw
 
 
@@ -115,7 +117,8 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
 
     `labels` has a name per condition, none where a model is unconditional; `parts` says how many
     of them, in their order, belong to each part that a condition can have one label of. None given
-    is one part. `pixels_per_latent`: image pixels per latent cell along each side. `decoupled`: a
+    is one part. `pixels_per_latent`: image pixels per latent cell along each side. `guidance_scale`
+    is what a request that names none is drawn with. `decoupled`: a
     resampler draws images of any legal size from latents of any legal size, and back; else pixels
     are diffused.
     """
@@ -131,6 +134,7 @@ class Interface(Struct, frozen=True, forbid_unknown_fields=True):
     decoupled: bool
     trained: Trained | None = None
     parts: tuple[Count, ...] = ()
+    guidance_scale: Scale = GUIDANCE
 
     def __post_init__(self) -> None:
         if self.parts and sum(self.parts) != len(self.labels):

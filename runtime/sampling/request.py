@@ -32,9 +32,10 @@ class Request:
     Image i has the noise of (seed, first_index + i), or of pair i of `keys` where requests are
     drawn together, of the kind `noise`. `steps` evaluations are made by `solver` over `spacing`
     (None: the solver's own numbers of both). guidance_scale 1 runs the condition alone, 0 the null
-    condition alone; at t outside `guidance_interval` it is 1. With `continue_at` the steps from
-    `continue_from` on (default: half of them) run at that larger latent, which takes one
-    evaluation more. `image` defaults to the training ratio of the largest latent.
+    condition alone, None is the bundle's own; at t outside `guidance_interval` it is 1. With
+    `continue_at` the steps from `continue_from` on (default: half of them) run at that larger
+    latent, which takes one evaluation more. `image` defaults to the training ratio of the largest
+    latent.
 
     `init` is a picture to begin with, float32 `[1 or B, c, h, w]` in [-1, 1] of any size, with the
     noise of t = `strength` (0 to 1, default STRENGTH): as many of the steps are made as are left
@@ -48,7 +49,7 @@ class Request:
     latent: Size
     image: Size | None = None
     steps: int | None = None
-    guidance_scale: float = 2.0
+    guidance_scale: float | None = None
     eta: float = 0.0
     seed: int = 0
     first_index: int = 0
@@ -127,7 +128,11 @@ class Request:
         times = self.schedule(data).time(log_snr(table.alpha_bar[:-1]))
         each = Labels(interface.labels, interface.parts).of_images(self.labels)
         count = len(interface.labels)
-        return guidance(each, count, self.guidance_scale, times, self.guidance_interval)
+        return guidance(each, count, self.scale(interface), times, self.guidance_interval)
+
+    def scale(self, interface: Interface) -> float:
+        """The guidance scale: what is asked for, or the bundle's own."""
+        return interface.guidance_scale if self.guidance_scale is None else self.guidance_scale
 
     def check(self, interface: Interface) -> None:
         """Raise UsageError for what no bundle with this interface's labels can draw."""
@@ -146,7 +151,7 @@ class Request:
             raise UsageError(f"guidance_interval is {low}..{high}; expected 0 <= low <= high <= 1")
         limits = {
             "steps": (self.count, 1, MOST_STEPS),
-            "guidance_scale": (self.guidance_scale, -100, 100),
+            "guidance_scale": (self.scale(interface), -100, 100),
             "eta": (self.eta, 0, 10),
             "seed": (self.seed, 0, LARGEST_SEED),
             "strength": (self.start_time, 0, 1),
@@ -173,7 +178,7 @@ class Request:
                 raise _wrong_type(name, value, "a whole number")
         for name in ("guidance_scale", "eta", "strength"):
             value = getattr(self, name)
-            if not isinstance(value, Real) and not (value is None and name == "strength"):
+            if not isinstance(value, Real) and not (value is None and name != "eta"):
                 raise _wrong_type(name, value, "a number")
         for name in ("solver", "spacing", "noise"):
             if not isinstance(getattr(self, name), str | None):

@@ -180,6 +180,7 @@ function choose(id) {
   $("cells").value = Math.min(width, height);
   $("scale-field").hidden = !model.decoupled;
   $("scale").value = 2 * model.pixels_per_latent;
+  $("guidance").value = model.guidance_scale;
   $("steps").max = Math.min(100, model.limits.steps);
   $("count").max = Math.min(8, model.limits.images);
   chips(model, (text) => {

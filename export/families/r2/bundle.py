@@ -37,6 +37,7 @@ def interface(models: R2Models, labels: tuple[str, ...]) -> Interface:
         latent_sides=SIDES,
         image_sides=SIDES,
         decoupled=True,
+        guidance_scale=config.guidance_scale,
     )
 
 

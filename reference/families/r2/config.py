@@ -1,6 +1,7 @@
 """What an R2 model is: the numbers that fix every tensor's shape."""
 
 from reference.families.parts.config import Count, CountOrNone, Section, Size, TextConfig
+from runtime.bundle.interface import GUIDANCE, Scale
 
 
 class R2IRConfig(Section, frozen=True):
@@ -35,6 +36,7 @@ class ModelConfig(Section, frozen=True):
     """One checkpoint's models and the sizes it was trained around.
 
     `pixels_per_latent`: image pixels per latent cell along each side, the default decode size.
+    `guidance_scale`: what it draws with where nothing else is asked for.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ModelConfig(Section, frozen=True):
     condition: TextConfig
     pixels_per_latent: Count
     default_latent: Size
+    guidance_scale: Scale = GUIDANCE
 
     def __post_init__(self) -> None:
         for name, own in (("r2ir", self.r2ir), ("r2id", self.r2id)):
