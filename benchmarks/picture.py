@@ -31,14 +31,14 @@ import numpy as np
 
 from benchmarks.compare import about
 from benchmarks.decode import export_published, published
-from benchmarks.solvers import draw, plain_2m_time, psnr, reference
+from benchmarks.solvers import draw, plain_2m_time, reference
 from runtime import cli, open_bundle
 from runtime.bundle.files import Measures, atomic_write
 from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, read_manifest
 from runtime.coordinates import grid
 from runtime.engines import EngineOptions
-from runtime.images.pixels import save_png, save_rows, to_uint8
+from runtime.images.pixels import psnr, save_png, save_rows, to_uint8
 from runtime.progress import Bar
 from runtime.sampling import solvers
 from runtime.sampling.choices import SOLVER

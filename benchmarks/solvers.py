@@ -23,6 +23,7 @@ from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array
 from runtime.engines import EngineOptions
 from runtime.generate import checkpoint_of
+from runtime.images.pixels import psnr
 from runtime.pipeline.bundle import Bundle, open_bundle
 from runtime.progress import Bar
 from runtime.sampling import solvers
@@ -41,12 +42,6 @@ MUST = {6: 23, 8: 27, 10: 31, 12: 33, 15: 36, 20: 42}  # dB that the default has
 SEED = 3
 LAST = 1e-3  # t of the reference's last evaluation
 BATCH_TOKENS = 4096  # latent cells drawn at once
-
-
-def psnr(found: Array, wanted: Array) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1], clipped to it."""
-    error = float(np.mean(np.square(np.clip(found, -1, 1) - np.clip(wanted, -1, 1))))
-    return 10 * float(np.log10(4 / max(error, 4e-20)))
 
 
 def whole_range(schedule: Schedule, steps: int) -> np.ndarray:

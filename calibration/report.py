@@ -34,7 +34,7 @@ from runtime.bundle.interface import Size, size_name
 from runtime.bundle.manifest import DEFAULT_BUNDLE, Array, Manifest, find_bundle, read_manifest
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, load_library
-from runtime.images.pixels import contact_sheet, save_png, to_uint8
+from runtime.images.pixels import contact_sheet, psnr, save_png, to_uint8
 from runtime.pipeline.bundle import Bundle
 from runtime.pipeline.diffuser import Progress
 from runtime.pipeline.tiles import SAMPLE
@@ -118,12 +118,6 @@ class Judged(Bundle):
             errors.append(rms_error(engine.run(given), {"eps": wanted}))
             bar.update()
         return errors
-
-
-def psnr(found: Array, wanted: Array) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]; 200 where nothing differs."""
-    error = float(np.mean(np.square(np.clip(found, -1, 1) - np.clip(wanted, -1, 1))))
-    return 10 * float(np.log10(4 / max(error, 4e-20)))
 
 
 def quality(

@@ -21,17 +21,17 @@ from runtime.bundle.manifest import Manifest, relative_error
 from runtime.engines import Engine, EngineOptions
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.errors import NumericalError, ToolkitError
+from runtime.images.pixels import psnr
 from runtime.memory import is_out_of_memory, memory_error, peak_resident
 from runtime.pipeline.bundle import Bundle, open_bundle
 from runtime.pipeline.opened import Engines
 from runtime.pipeline.tiles import SAMPLE
-from runtime.providers import PROVIDERS
+from runtime.providers import PLANS, PROVIDERS
 from runtime.sampling.labels import Labels
 
 Pixels = NDArray[np.float32]
 SEED = 0
 ALPHA_BARS = (0.05, 0.2, 0.5, 0.8, 0.95)  # where eps is compared
-PLANS = "plans"  # beside the names of providers
 
 
 @dataclass(frozen=True)
@@ -263,12 +263,6 @@ def device_free(options: EngineOptions) -> int | None:
         return int(free) if error == device.cuda.cudaError_t.cudaSuccess else None
     except ToolkitError:  # ONNX Runtime needs no CUDA bindings
         return None
-
-
-def psnr(found: Pixels, wanted: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]; 200 where nothing differs."""
-    error = np.mean(np.square(np.clip(found, -1, 1) - np.clip(wanted, -1, 1), dtype=np.float64))
-    return 10 * math.log10(4 / max(float(error), 4e-20))
 
 
 def broken(precision: str, row: dict[str, Any]) -> list[str]:

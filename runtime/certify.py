@@ -25,14 +25,13 @@ from runtime.errors import (
     ToolkitError,
     UsageError,
 )
-from runtime.providers import PROVIDERS
+from runtime.providers import PLANS, PROVIDERS
 
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Manifest
     from runtime.certificate import Case, Contender, SizeClass
 
 FORMAT = 1
-PLANS = "plans"
 CELL = 96  # pixels of the longer side of a picture in certificate.png
 MARGIN, LINE = 6, 14  # pixels
 Rows = dict["Contender", list[dict[str, Any]]]

@@ -32,6 +32,7 @@ class Provider:
     capture: str = ""
 
 
+PLANS = "plans"  # what runs a bundle's TensorRT plans, beside the names of providers
 PIP = "python -m pip"
 # Builds of ONNX Runtime overwrite each other's files: the plain one goes first.
 ALONE = f"{PIP} uninstall -y onnxruntime && {PIP} install"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def to_uint8(pixels: NDArray[np.float32]) -> Rows:
     """Pixels `[.., c, h, w]` in [-1, 1] -> uint8 `[.., h, w, c]`, rounded and clipped."""
     scaled = np.clip(np.rint((pixels + 1) * 127.5), 0, 255).astype(np.uint8)
     return np.moveaxis(scaled, -3, -1)
+
+
+def psnr(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1], clipped to it; 200 where all agree."""
+    error = np.mean(np.square(np.clip(found, -1, 1) - np.clip(wanted, -1, 1), dtype=np.float64))
+    return 10 * math.log10(4 / max(float(error), 4e-20))
 
 
 def resized(

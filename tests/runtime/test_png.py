@@ -13,7 +13,7 @@ from PIL import Image
 
 from runtime.errors import ArtefactError
 from runtime.images.picture import ImageFile
-from runtime.images.pixels import save_rows
+from runtime.images.pixels import psnr, save_rows
 from runtime.images.png import (
     BANDS_AHEAD,
     PngWriter,
@@ -196,3 +196,10 @@ def test_a_mapped_array_is_an_image(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(b"nothing")
     with pytest.raises(ArtefactError, match="cannot be read as an array"):
         ImageFile(tmp_path / "a.npy", 1)
+
+
+def test_psnr() -> None:
+    zero = np.zeros((1, 1, 2, 2), np.float32)
+    assert psnr(zero, zero) == pytest.approx(200)
+    assert psnr(zero + 0.02, zero) == pytest.approx(40, abs=1e-4)
+    assert psnr(zero + 3, zero + 1) == pytest.approx(200)  # both are white

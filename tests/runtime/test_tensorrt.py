@@ -21,6 +21,7 @@ from runtime.errors import (
     UsageError,
 )
 from runtime.pipeline.diffuser import Progress
+from runtime.providers import PLANS
 from runtime.sampling.request import Request
 from tests.conftest import poison_film
 from tests.runtime.conftest import opened
@@ -246,7 +247,7 @@ def test_plans_are_certified_as_graphs_are(planned: Path, library: Library) -> N
     manifest = read_manifest(planned)
     size = certificate.sized(manifest.interface, (4, 6))
     case = certificate.reference_case(manifest, size, 2, True, 1)
-    (engine,) = certificate.contenders(manifest, [certificate.PLANS], None)
+    (engine,) = certificate.contenders(manifest, [PLANS], None)
     row = certificate.measured(planned, engine, 1, case)
     assert not certificate.broken("fp32", row) and row["ran_on"] == "tensorrt_rtx", row
     assert row["device_mib"] >= 0 and {*row["parity"]} == {"eps", "decode", "encode"}
