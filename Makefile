@@ -13,7 +13,7 @@ SHIPPED := $(patsubst reference/weights/%.safetensors,%,$(wildcard reference/wei
 TORCH := torch==2.13.0
 # What each lock is made of; tests/test_locks.py reads these lines.
 EXTRAS_draw := export
-EXTRAS_full := cpu,openvino,export,tensorrt-rtx,train,serve,clients,notebook,bench,test,lint
+EXTRAS_full := cpu,openvino,export,tensorrt-rtx,train,serve,ray,clients,notebook,bench,test,lint
 EXTRAS_runtime := cpu,openvino,test
 # No lock of its own: of what is in none, NVIDIA's libraries, each package names the versions it needs.
 GPU_EXTRAS := gpu,tensorrt-rtx,train,test
