@@ -144,7 +144,7 @@ def planned(path: Path, model: Model) -> list[Task]:
             if not text.strip():
                 continue
             try:
-                own = line_tasks(text, model)
+                own = [*line_tasks(text, model)]
             except (UsageError, ApiError, msgspec.DecodeError) as error:
                 raise UsageError(f"{path} line {number}: {error}") from None
             for task in own:
@@ -341,7 +341,6 @@ def write_table(path: Path, rows: Sequence[Drawn]) -> None:
 
     with atomic_write(path) as file:
         columns = [msgspec.structs.asdict(row) for row in rows]
-        # Seeds reach 2^63, hashes are texts.
         parquet.write_table(pyarrow.Table.from_pylist(columns), file)
 
 
