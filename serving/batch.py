@@ -15,7 +15,8 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from serving.encode import Format, encode
 from serving.errors import ApiError
 from serving.generation import Generation
 from serving.limits import Limits
-from serving.pictures import Model, Picture, write_size
+from serving.pictures import Model, Picture, batches, write_size
 
 IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a file's name on any system
 JOURNAL, TABLE = "pictures.jsonl", "pictures.parquet"
@@ -96,19 +97,12 @@ class Draw:
         """Pickled tasks -> the bytes of each one's file, or why there are none."""
         tasks: list[Task] = [pickle.loads(row) for row in rows["task"]]
         pictures = [Picture(self.model, *task.picture) for task in tasks]
-        files: list[bytes] = []
-        errors: list[str] = []
-        for _, group in groupby(range(len(tasks)), lambda i: pictures[i].together):
-            numbers = [*group]
-            most = self.model.most(pictures[numbers[0]], self.batch)
-            for start in range(0, len(numbers), most):
-                part = numbers[start : start + most]
-                for file, error in self.drawn(
-                    [tasks[i] for i in part], [pictures[i] for i in part]
-                ):
-                    files.append(file)
-                    errors.append(error)
-        return {"task": [*rows["task"]], "data": files, "error": errors}
+        rest = iter(tasks)
+        found: list[tuple[bytes, str]] = []
+        for group in batches(pictures, self.batch):
+            found += self.drawn([*islice(rest, len(group))], group)
+        files, errors = zip(*found, strict=True)
+        return {"task": [*rows["task"]], "data": [*files], "error": [*errors]}
 
     def drawn(
         self, tasks: Sequence[Task], pictures: Sequence[Picture]
@@ -267,13 +261,12 @@ def drawing(args: argparse.Namespace, model: Model, tasks: Sequence[Task]) -> It
 
 def batch(args: argparse.Namespace) -> None:
     """Check every line, draw what is missing, write the rows in the order of the requests."""
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("ray", "pyarrow") if find_spec(name) is None]
+    if missing:
         raise IncompatibleError(
-            f"{error.name} is not installed; expected it for batches. Install it with: "
+            f"{missing[0]} is not installed; expected it for batches. Install it with: "
             "pip install 'r2-edge-toolkit[ray]'"
-        ) from None
+        )
     args.threads = args.threads or 1
     bundle = cli.open_bundle(args)
     model = Model(bundle.manifest.folder.resolve().name, bundle)

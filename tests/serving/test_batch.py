@@ -72,59 +72,70 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds actors in /proc")
-def test_every_picture_once_though_an_actor_dies(tiny_bundle: Path, tmp_path: Path) -> None:
-    requests, out = tmp_path / "requests.jsonl", tmp_path / "out"
+@pytest.fixture(scope="module")
+def drawn(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of COUNT requests and OUT, of which one of two actors was killed on the way."""
+    if sys.platform != "linux":
+        pytest.skip("finds actors in /proc")
+    folder = tmp_path_factory.mktemp("batch")
     asked = [request(number) for number in range(COUNT)]
+    requests = folder / "requests.jsonl"
     requests.write_text("".join(json.dumps(own) + "\n" for own in asked))
-    line = [sys.executable, "-m", "serving.batch", str(requests), str(out)]
+    line = [sys.executable, "-m", "serving.batch", str(requests), str(folder / "out")]
     line += ["--engine", str(tiny_bundle), "--actors", "2", "--parquet"]
     killed = 0
     with subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 600
         while process.poll() is None and not killed:
             assert time.monotonic() < end
-            if 16 <= len(rows_of(out)) < COUNT // 2 and (found := actors(process.pid)):
+            if 16 <= len(rows_of(folder / "out")) < COUNT // 2 and (found := actors(process.pid)):
                 os.kill(killed := found[0], signal.SIGKILL)
             time.sleep(0.01)
         said = process.communicate(timeout=600)[1]
     assert process.returncode == 0, said
     assert killed
+    return folder
+
+
+def test_every_picture_once_though_an_actor_dies(tiny_bundle: Path, drawn: Path) -> None:
+    out, asked = drawn / "out", [request(number) for number in range(COUNT)]
     rows = rows_of(out)
     assert [row["id"] for row in rows] == [own["id"] for own in asked]
     assert {path.name for path in out.glob("*.png")} == {row["file"] for row in rows}
     bundle = open_bundle(tiny_bundle)
+    same = 0
     for own, row in zip(asked, rows, strict=True):
         size, latent = swapped(own["size"]), swapped(own["latent"])
         options: Any = {"image": size, "steps": 3, "seed": own["seed"]}
         alone = to_uint8(bundle.generate([own["prompt"]], latent, **options).images)[0]
         # Products of a batch may round otherwise than those of one picture.
-        assert np.abs(pixels_of(out / row["file"]).astype(int) - alone).max() <= 1
+        apart = np.abs(pixels_of(out / row["file"]).astype(int) - alone).max()
+        assert apart <= 1
+        same += apart == 0
+    assert same > 0.98 * COUNT
     from pyarrow import parquet
 
     assert parquet.read_table(out / "pictures.parquet").to_pylist() == rows
 
 
 def test_what_is_there_and_whole_is_not_drawn_again(
-    command: Command, tiny_bundle: Path, tmp_path: Path
+    command: Command, tiny_bundle: Path, drawn: Path
 ) -> None:
-    asked = [request(number) for number in range(8)]
-    path = tmp_path / "requests.jsonl"
-    path.write_text("".join(json.dumps(own) + "\n" for own in asked))
-    line = ("serving.batch", path, "out", "--engine", tiny_bundle, "--actors", 1)
-    assert command(*line).returncode == 0
-    out = tmp_path / "out"
+    out = drawn / "out"
     first = {own.name: own.read_bytes() for own in out.iterdir()}
     times = {own.name: own.stat().st_mtime_ns for own in out.glob("*.png")}
     (out / "p1.png").unlink()
     (out / "p2.png").write_bytes(first["p2.png"][:-1])
     journal = first["pictures.jsonl"]
-    (out / "pictures.jsonl").write_bytes(journal[: journal.rindex(b'"sha256"')])  # p7 is cut off
-    done = command(*line)
-    assert done.returncode == 0 and "5 of 8 pictures are there and whole" in done.stderr
+    (out / "pictures.jsonl").write_bytes(journal[: journal.rindex(b'"sha256"')])  # p499 is cut off
+    line = (drawn / "requests.jsonl", out, "--engine", tiny_bundle, "--actors", 1)
+    done = command("serving.batch", *line)
+    assert done.returncode == 0, done.stderr
+    assert "497 of 500 pictures are there and whole" in done.stderr
     assert {own.name: own.read_bytes() for own in out.iterdir()} == first
     again = {own.name: own.stat().st_mtime_ns for own in out.glob("*.png")}
-    assert {name for name in again if again[name] != times[name]} == {"p1.png", "p2.png", "p7.png"}
+    changed = {name for name in again if again[name] != times[name]}
+    assert changed == {"p1.png", "p2.png", "p499.png"}
 
 
 @pytest.mark.parametrize(
