@@ -253,7 +253,7 @@ def drawing(args: argparse.Namespace, model: Model, tasks: Sequence[Task]) -> It
             batch_size=None,  # a block
             num_cpus=max(1, args.threads),
             num_gpus=args.gpus,
-            compute=ray.data.ActorPoolStrategy(size=args.actors),
+            compute=ray.data.ActorPoolStrategy(size=min(args.actors, blocks)),
         )
         .iter_rows()
     )
