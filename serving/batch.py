@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -33,9 +32,8 @@ from serving.encode import Format, encode
 from serving.errors import ApiError
 from serving.generation import Generation
 from serving.limits import Limits
-from serving.pictures import Model, Picture, batches, write_size
+from serving.pictures import Model, Picture, batches, check_name, write_size
 
-IDENTITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a file's name on any system
 JOURNAL, TABLE = "pictures.jsonl", "pictures.parquet"
 LIMITS = Limits(pixels=1 << 30, cells=1 << 24, steps=10_000, images=10_000)
 PER_TASK, MOST_TASKS = 16, 4096  # pictures that are handed out, and lost with an actor, together
@@ -159,10 +157,7 @@ def line_tasks(text: bytes, model: Model) -> Iterator[Task]:
     A seed that is not given follows from the id, so that it is the same when it is run again.
     """
     line = msgspec.json.decode(text, type=Line, strict=False)
-    if not IDENTITY.fullmatch(line.id):
-        raise UsageError(
-            f"id is {line.id!r}; expected up to 100 of A-Z a-z 0-9 . _ -, a letter or digit first"
-        )
+    check_name("id", line.id)
     if line.seed is None:
         line.seed = int(sha256(line.id.encode())[:8], 16)
     pictures = line.asked().pictures({model.name: model}, LIMITS)

@@ -29,6 +29,7 @@ from serving.edits import Edit
 # by themselves, and a batch is no faster than one picture after another; see docs/serving.md.
 BATCH_CELLS = 512
 SIZE = re.compile(r"(\d{1,7})x(\d{1,7})")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a file's or folder's on any system
 
 
 def read_size(name: str, text: str) -> Size:
@@ -42,6 +43,14 @@ def read_size(name: str, text: str) -> Size:
 def write_size(size: Size) -> str:
     """(height, width) as WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise UsageError for what, as the name of a file or folder, some system would refuse."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{what} is {name!r}; expected up to 100 of A-Z a-z 0-9 . _ -, a letter or digit first"
+        )
 
 
 @dataclass(frozen=True)

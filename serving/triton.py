@@ -6,7 +6,6 @@ of the bundle. The Python that the backend runs needs this package; docs/serving
 
 import argparse
 import json
-import re
 import tempfile
 from pathlib import Path
 
@@ -16,12 +15,11 @@ from runtime import cli, open_bundle
 from runtime.bundle.files import TEMPORARY_PREFIX, check_folder, read_bytes
 from runtime.bundle.manifest import FILE_NAME, GraphSpec, Manifest, PlanSpec
 from runtime.engines import EngineOptions
-from runtime.errors import ResourceError, UsageError
+from runtime.errors import ResourceError
 from runtime.providers import PROVIDERS
 from serving.limits import Limits, add_limits
-from serving.pictures import Model
+from serving.pictures import Model, check_name
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a folder's on any system
 BUNDLE = "bundle"  # the folder of a version that holds it
 # Triton's types, and the shapes, -1 being any length. Labels are the UTF-8 of what --label takes:
 # strings are read by the backend's own conversion alone, which ends where it meets numpy 2.
@@ -94,11 +92,7 @@ def triton(args: argparse.Namespace) -> None:
     args.threads = args.threads or 1
     bundle = open_bundle(args.bundle, cli.engine_options(args))
     name = args.name or bundle.manifest.folder.resolve().name
-    if not NAME.fullmatch(name):
-        raise UsageError(
-            f"name is {name!r}; expected up to 100 of A-Z a-z 0-9 . _ -, a letter or digit first. "
-            "Pass --name"
-        )
+    check_name("--name", name)
     place: Path = args.repository / name
     if place.exists():
         raise ResourceError(f"{place}: is there already. Remove it, or pass another --name")

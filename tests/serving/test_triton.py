@@ -182,7 +182,7 @@ def test_what_is_there_stays(command: Command, repository: Path, tiny_bundle: Pa
     done = command("serving.triton", tiny_bundle, repository)
     assert done.returncode == 5 and "is there already" in done.stderr
     done = command("serving.triton", tiny_bundle, repository, "--name", "../x")
-    assert done.returncode == 2 and "name is '../x'" in done.stderr
+    assert done.returncode == 2 and "--name is '../x'" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in repository.rglob("*")} == before
 
 
