@@ -13,14 +13,16 @@ SHIPPED := $(patsubst reference/weights/%.safetensors,%,$(wildcard reference/wei
 TORCH := torch==2.13.0
 # What each lock is made of; tests/test_locks.py reads these lines.
 EXTRAS_draw := export
-EXTRAS_full := cpu,openvino,export,tensorrt-rtx,train,serve,clients,notebook,bench,test,lint
+EXTRAS_full := cpu,openvino,export,tensorrt-rtx,train,serve,ray,clients,notebook,bench,test,lint
 EXTRAS_runtime := cpu,openvino,test
+# What no extra holds, since its numpy is older than the runtime's.
+PACKAGES_triton := nvidia-pytriton
 # No lock of its own: of what is in none, NVIDIA's libraries, each package names the versions it needs.
 GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime serving reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train distill evaluate bench families gpu dist test lint browser lock clean
+.PHONY: help generate export plans calibrate train distill evaluate bench families gpu dist test lint browser triton lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,6 +55,10 @@ endef
 .venv-gpu/.gpu: pyproject.toml locks/full.txt
 	@echo "== .venv-gpu: PyTorch and ONNX Runtime for CUDA, TensorRT for RTX, several GB"
 	$(call install,.venv-gpu,locks/full.txt,$(TORCH) onnxscript -e '.[$(GPU_EXTRAS)]')
+
+.venv-triton/.triton: locks/triton.txt
+	@echo "== .venv-triton: Triton's server and its client, 0.3 GB"
+	$(call install,.venv-triton,locks/triton.txt,$(PACKAGES_triton))
 
 build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
 	@echo "== build/mnist: the shipped model as ONNX graphs, each checked against PyTorch: a minute or two"
@@ -143,17 +149,19 @@ browser: ## what the tests in a browser need: Chromium (Debian's, as root) and O
 		{ apt-get update -q && apt-get install -qy --no-install-recommends chromium; }
 	cd examples/browser && npm ci --no-audit --no-fund
 
+triton: .venv-triton/.triton ## what the tests of Triton need: its server, for Linux with glibc 2.35 or newer
+
 # In a copy: environments without locks, their locks, then every test in what the locks install.
 lock: ## the newest versions of all packages into locks/, if every test passes with them
 	@copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && \
 	git ls-files -z | tar -cf - --null -T - | tar -xf - -C "$$copy" && cd "$$copy" && \
 	for lock in locks/*.txt; do : > $$lock || exit; done && \
-	$(MAKE) .venv/.full .venv-runtime/.runtime && \
-	for stamp in .venv/.draw .venv/.full .venv-runtime/.runtime; do \
+	$(MAKE) .venv/.full .venv-runtime/.runtime .venv-triton/.triton && \
+	for stamp in .venv/.draw .venv/.full .venv-runtime/.runtime .venv-triton/.triton; do \
 		{ echo "# What make installs, from $$($(PYTHON) -V); made by make lock."; \
 		sed 's/+.*//' $$stamp; } > locks/$${stamp##*.}.txt || exit; \
 	done && \
 	$(MAKE) test && cp locks/*.txt $(CURDIR)/locks/
 
 clean: ## remove what make has made, training runs aside
-	rm -rf build dist .venv .venv-runtime .venv-gpu *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist .venv .venv-runtime .venv-gpu .venv-triton *.egg-info .mypy_cache .ruff_cache .pytest_cache

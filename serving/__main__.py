@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 from runtime import cli, open_bundle
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, UsageError
-from runtime.sampling.request import Request
-from serving.limits import Limits
+from serving.limits import LIMITS, Limits, add_limits
 
 if TYPE_CHECKING:
     from serving.pictures import Model
@@ -40,17 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--token-file", type=Path, help=token)
     origin = "let pages of this origin ask, as in https://example.org; may be repeated"
     add("--cors", action="append", default=[], metavar="ORIGIN", help=origin)
-    whole = [
-        ("--queue", "queue", 100_000, "pictures that may wait"),
-        ("--batch", "batch", 4096, "pictures diffused at once, at most"),
-        ("--max-images", "images", 10_000, "pictures of one request"),
-        ("--max-pixels", "pixels", 1 << 30, "pixels of a picture"),
-        ("--max-cells", "cells", 1 << 24, "latent cells of a picture"),
-        ("--max-steps", "steps", 10_000, "steps of a picture"),
-    ]
-    for option, name, most, text in whole:
-        value = getattr(DEFAULT, name)
-        add(option, type=cli.number(1, most, int), default=value, help=f"{text} ({value})")
+    add_limits(p, *LIMITS)
     add("--max-body", type=cli.memory, default=DEFAULT.body, help="of a request (32MB)")
     limit = f"seconds from a request to its last picture ({DEFAULT.seconds:g})"
     add("--time-limit", type=cli.number(0.1, 86_400), default=DEFAULT.seconds, help=limit)
@@ -158,9 +147,8 @@ def open_models(args: argparse.Namespace) -> list["Model"]:
         if name in models:
             raise UsageError(f"two bundles are named {name}; name one of them: OTHER={folder}")
         models[name] = Model(name, bundle)
-        none = Request([None], bundle.interface.default_latent)
-        with bundle.opening(none):
-            logging.getLogger("serving").info("opening %s", name)
+        logging.getLogger("serving").info("opening %s", name)
+        models[name].open()
     return [*models.values()]
 
 

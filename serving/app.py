@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.errors import ToolkitError
 from serving import openai, sdapi
-from serving.errors import ApiError, answer, response_of
+from serving.answers import answer, response_of
+from serving.errors import ApiError
 from serving.page import page
 from serving.service import Service
 

@@ -22,7 +22,7 @@ from runtime.pipeline.diffuser import Progress
 from serving.errors import busy, closing, too_late
 from serving.limits import Limits
 from serving.metrics import Metrics
-from serving.pictures import Picture
+from serving.pictures import Picture, preview_size, preview_steps
 
 log = logging.getLogger("serving")
 FIRST_GUESS = 1.0  # seconds of a picture, before one was drawn
@@ -70,12 +70,6 @@ class Job:
     def over(self) -> bool:
         """Whether nobody waits for this any more."""
         return self.stopped or time.monotonic() - self.begun > self.seconds
-
-    @property
-    def previewed(self) -> set[int]:
-        """The steps after which a picture's client is told of it."""
-        each = range(1, self.previews + 1)
-        return {round(self.steps * i / (self.previews + 1)) for i in each}
 
     def interrupt(self) -> None:
         """End it at once: `drawn` gives what there is."""
@@ -253,7 +247,7 @@ class Workshop:
         """Tell a job of a step of its picture, image `number` of a batch."""
         job = task.job
         job.step, job.steps = progress.step, progress.steps
-        told = progress.step in job.previewed
+        told = progress.step in preview_steps(progress.steps, job.previews)
         if job.over or not (told or job.asked) or progress.step == progress.steps:
             return
         job.asked = False
@@ -280,10 +274,3 @@ class Workshop:
             return
         self.metrics.pictures.labels(picture.model.name).inc()
         job.tell(Drawn(task.number, pixels))
-
-
-def preview_size(picture: Picture) -> tuple[int, int]:
-    """The size of a picture's previews: no more pixels than the training's ratio has."""
-    height, width = picture.settings.image
-    trained = picture.model.interface.image_size(picture.settings.latent)
-    return min(height, trained[0]), min(width, trained[1])

@@ -1,9 +1,21 @@
 """What one request may ask of the server; given when it starts."""
 
+import argparse
 from dataclasses import dataclass
 
+from runtime import cli
 from runtime.bundle.interface import Size, size_name
 from runtime.errors import UsageError
+
+# Limits in whole numbers by their option: the name, the most that can be asked for, what it is of.
+LIMITS = {
+    "--queue": ("queue", 100_000, "pictures that may wait"),
+    "--batch": ("batch", 4096, "pictures diffused at once, at most"),
+    "--max-images": ("images", 10_000, "pictures of one request"),
+    "--max-pixels": ("pixels", 1 << 30, "pixels of a picture"),
+    "--max-cells": ("cells", 1 << 24, "latent cells of a picture"),
+    "--max-steps": ("steps", 10_000, "steps of a picture"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,3 +63,12 @@ class Limits:
 
 def _area(size: Size) -> int:
     return size[0] * size[1]
+
+
+def add_limits(parser: argparse.ArgumentParser, *options: str) -> None:
+    """These of LIMITS on a command line, with their defaults."""
+    for option in options:
+        name, most, text = LIMITS[option]
+        value = getattr(Limits(), name)
+        kind = cli.number(1, most, int)
+        parser.add_argument(option, type=kind, default=value, help=f"{text} ({value})")

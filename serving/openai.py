@@ -8,58 +8,22 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import Meta, Struct
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from serving.answers import as_api_error, body_of
 from serving.asked import Asked
 from serving.edits import read_edit
 from serving.encode import Format, base64_of, preview_of
-from serving.errors import ApiError, as_api_error, body_of
+from serving.errors import ApiError
+from serving.generation import Generation
 from serving.jobs import Drawn, Job, Preview
-from serving.pictures import Picture, read_size, write_size
+from serving.pictures import Picture, write_size
 from serving.requests import answered, as_kind, read_form, read_json
 from serving.service import Service
-
-
-class Generation(Struct):
-    """The body of a request for images; what other servers take besides is ignored."""
-
-    prompt: str
-    model: str | None = None
-    n: int | None = None
-    size: str | None = None
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Format | None = None
-    output_compression: Annotated[int, Meta(ge=1, le=100)] | None = None
-    stream: bool | None = None
-    partial_images: Annotated[int, Meta(ge=0, le=100)] | None = None
-    seed: int | None = None
-    index: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    latent: str | None = None
-    eta: float | None = None
-    solver: str | None = None
-
-    def asked(self) -> Asked:
-        """By the runtime's names."""
-        return Asked(
-            self.prompt,
-            self.model,
-            1 if self.n is None else self.n,
-            None if self.size in (None, "auto") else read_size("size", self.size),
-            None if self.latent in (None, "auto") else read_size("latent", self.latent),
-            self.num_inference_steps,
-            self.guidance_scale,
-            self.eta,
-            self.solver,
-            self.seed,
-            self.index or 0,
-        )
 
 
 class Editing(Generation):

@@ -5,9 +5,10 @@ Sizes are (height, width) everywhere; HTTP's WIDTHxHEIGHT is read and written he
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from serving.edits import Edit
 # by themselves, and a batch is no faster than one picture after another; see docs/serving.md.
 BATCH_CELLS = 512
 SIZE = re.compile(r"(\d{1,7})x(\d{1,7})")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # a file's or folder's on any system
 
 
 def read_size(name: str, text: str) -> Size:
@@ -41,6 +43,14 @@ def read_size(name: str, text: str) -> Size:
 def write_size(size: Size) -> str:
     """(height, width) as WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise UsageError for what, as the name of a file or folder, some system would refuse."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{what} is {name!r}; expected up to 100 of A-Z a-z 0-9 . _ -, a letter or digit first"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,11 @@ class Model:
         labels = [picture.label for picture in pictures]
         return Request(labels, **settings(first.recipe), **first.pixels, keys=keys)
 
+    def open(self) -> None:
+        """Open the graphs of a picture of default size, so that the first request finds them."""
+        with self.bundle.opening(Request([None], self.interface.default_latent)):
+            pass
+
     def check(self, picture: Picture) -> None:
         """Raise UsageError for a picture that the bundle cannot draw."""
         self.bundle.check(self.request([picture]))
@@ -172,3 +187,24 @@ class Model:
                 raise StoppedError("stopped while the picture was decoded")
             bands.append(band)
         return np.concatenate(bands)
+
+
+def batches(pictures: Sequence[Picture], limit: int) -> Iterator[list[Picture]]:
+    """Neighbours that are diffused together, in their order; `limit` at most."""
+    for _, group in groupby(pictures, lambda picture: picture.together):
+        alike = [*group]
+        most = alike[0].model.most(alike[0], limit)
+        for start in range(0, len(alike), most):
+            yield alike[start : start + most]
+
+
+def preview_steps(steps: int, previews: int) -> set[int]:
+    """The steps after which a picture of so many is previewed."""
+    return {round(steps * i / (previews + 1)) for i in range(1, previews + 1)}
+
+
+def preview_size(picture: Picture) -> Size:
+    """The size of a picture's previews: no more pixels than the training's ratio has."""
+    height, width = picture.settings.image
+    trained = picture.model.interface.image_size(picture.settings.latent)
+    return min(height, trained[0]), min(width, trained[1])

@@ -11,7 +11,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = dict(re.findall(r"^EXTRAS_(\w+) := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MADE = (ROOT / "Makefile").read_text()
+EXTRAS = dict(re.findall(r"^EXTRAS_(\w+) := (.+)$", MADE, re.MULTILINE))
+PACKAGES = dict(re.findall(r"^PACKAGES_(\w+) := (.+)$", MADE, re.MULTILINE))  # that are no extra's
 
 
 def locked(name: str) -> dict[str, str]:
@@ -31,8 +33,13 @@ def test_a_lock_names_every_package_asked_for_and_those_that_install(name: str) 
         assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), line
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_lock_without_extras_names_its_packages(name: str) -> None:
+    assert {*PACKAGES[name].split(), "pip", "setuptools", "wheel"} <= locked(name).keys()
+
+
 def test_make_has_a_lock_for_each_environment() -> None:
-    assert set(EXTRAS) == {path.stem for path in (ROOT / "locks").iterdir()}
+    assert EXTRAS.keys() | PACKAGES.keys() == {path.stem for path in (ROOT / "locks").iterdir()}
 
 
 def test_the_stages_of_one_environment_agree() -> None:
