@@ -61,11 +61,12 @@ endef
 	$(call install,.venv-triton,locks/triton.txt,$(PACKAGES_triton))
 
 build/mnist/manifest.json: .venv/.draw $(CHECKPOINT) $(shell find export reference -name '*.py')
-	@echo "== build/mnist: the shipped model as ONNX graphs, each checked against PyTorch: a minute or two"
+	@echo "== build/mnist: the shipped model as ONNX graphs, each checked against PyTorch: a minute or two of two idle cores"
 	$(BIN)/python -m export --checkpoint $(CHECKPOINT) --out build/mnist
 
 $(PIXELS:%=build/%/manifest.json): build/%/manifest.json: reference/weights/%.safetensors .venv/.draw \
 		$(shell find export reference -name '*.py')
+	@echo "== build/$*: its graphs, each checked against PyTorch: a minute or two of two idle cores"
 	$(BIN)/python -m export --checkpoint $< --out build/$*
 
 reference/weights/%.safetensors:

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,8 @@ def make_bundle(loaded: checkpoint.Checkpoint, folder: Path) -> Manifest:
         for_cpu={name: spec for name, (_, spec) in by_name.items() if spec is not None},
         folder=folder,
     )
+    if not Bar.quiet:
+        Bar.write("export: a guided run beside PyTorch's", sys.stderr)
     return replace(manifest, trajectory=trajectory_parity(family, models, manifest))
 
 

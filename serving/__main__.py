@@ -11,8 +11,9 @@ import logging
 import math
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime import cli, open_bundle
 from runtime.errors import ArtefactError, IncompatibleError, ResourceError, UsageError
@@ -20,9 +21,14 @@ from serving.limits import LIMITS, Limits, add_limits
 
 if TYPE_CHECKING:
     from serving.pictures import Model
+    from serving.service import Service
 
 DEFAULT = Limits()
 SHORTEST_TOKEN = 16
+INSTALL = (
+    "python -m pip install 'starlette>=1.0' 'uvicorn>=0.40' 'python-multipart>=0.0.26' "
+    "'prometheus-client>=0.22'"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,8 +66,7 @@ def serve(args: argparse.Namespace) -> None:
         from serving.service import Service
     except ImportError as error:
         raise IncompatibleError(
-            f"{error.name} is not installed; expected it for the server. Install it with: "
-            "pip install 'r2-edge-toolkit[serve]'"
+            f"{error.name} is not installed; expected it for the server. Install it with: {INSTALL}"
         ) from None
     models = open_models(args)
     with listening(args.host, args.port) as listener:
@@ -80,9 +85,24 @@ def serve(args: argparse.Namespace) -> None:
         with contextlib.suppress(
             KeyboardInterrupt
         ):  # uvicorn raises the signal that ended it again
-            uvicorn.Server(config).run([listener])
+            server = uvicorn.Server(config)
+            if not args.quiet:
+                server.handle_exit = telling(server.handle_exit, service)  # type: ignore[method-assign]
+            server.run([listener])
     if not args.quiet:
         print("stopped: all that was accepted is drawn", file=sys.stderr)
+
+
+def telling(stop: Callable[..., None], service: "Service") -> Callable[..., None]:
+    """`stop`, what ends the server at a signal, after a word of what is drawn before."""
+
+    def told(*signal: Any) -> None:
+        print(
+            f"stopping: {service.workshop.left} accepted pictures are drawn first", file=sys.stderr
+        )
+        stop(*signal)
+
+    return told
 
 
 def read_token(path: Path | None) -> str | None:

@@ -38,6 +38,7 @@ JOURNAL, TABLE = "pictures.jsonl", "pictures.parquet"
 LIMITS = Limits(pixels=1 << 30, cells=1 << 24, steps=10_000, images=10_000)
 PER_TASK, MOST_TASKS = 16, 4096  # pictures that are handed out, and lost with an actor, together
 STORE = 256 << 20  # bytes of Ray's object store on one machine: pictures on their way to OUT
+INSTALL = "python -m pip install 'ray[data]>=2.55' 'pyarrow>=22'"
 log = logging.getLogger("runtime")
 
 
@@ -259,8 +260,7 @@ def batch(args: argparse.Namespace) -> None:
     missing = [name for name in ("ray", "pyarrow") if find_spec(name) is None]
     if missing:
         raise IncompatibleError(
-            f"{missing[0]} is not installed; expected it for batches. Install it with: "
-            "pip install 'r2-edge-toolkit[ray]'"
+            f"{missing[0]} is not installed; expected it for batches. Install it with: {INSTALL}"
         )
     args.threads = args.threads or 1
     bundle = cli.open_bundle(args)

@@ -151,6 +151,11 @@ class Workshop:
         return sum(not task.job.over for task in list(self._waiting))
 
     @property
+    def left(self) -> int:
+        """How many pictures wait or are being drawn."""
+        return self.waiting + len(self._running)
+
+    @property
     def alive(self) -> bool:
         """Whether pictures that are handed in are drawn."""
         return not self.closed and all(thread.is_alive() for thread in self._threads)

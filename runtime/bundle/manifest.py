@@ -323,8 +323,11 @@ def find_bundle(engine: Path) -> Path:
             f"and beside the runtime in {SHIPPED}. Pass --engine FOLDER, that of a manifest.json, "
             "or make one where PyTorch is: python -m export"
         )
-    found = "a folder without" if engine.is_dir() else "a file without" if engine.is_file() else ""
-    there = f"{found} {FILE_NAME} beside it" if found else "no such file or folder"
+    there = "no such file or folder"
+    if engine.is_dir():
+        there = f"a folder without {FILE_NAME} in it"
+    elif engine.is_file():
+        there = f"a file without {FILE_NAME} beside it"
     raise ArtefactError(f"{engine}: {there}; expected a bundle or an engine file in one. {REBUILD}")
 
 

@@ -1,10 +1,12 @@
 """How the server behaves: bounds, clients that go away, who may ask, how it ends."""
 
 import base64
+import shlex
 import shutil
 import socket
 import threading
 import time
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 import httpx2
 import numpy as np
 
-from tests.conftest import Command
+import serving.__main__
+from serving import batch
+from tests.conftest import ROOT, Command
 from tests.serving.conftest import LONG, Server, pixels_of, running
 from tests.serving.test_openai import Draw
 
@@ -164,7 +168,11 @@ def test_sigterm_finishes_what_was_accepted_and_refuses_what_comes(
         assert drawing.result().status_code == 200
         own = waiting.result().json()["data"][0]["b64_json"]
         assert np.array_equal(pixels_of(own), alone("b", seed=1))
-        assert code.result() == (0, "stopped: all that was accepted is drawn\n")
+        status, said = code.result()
+        assert status == 0 and said.splitlines() == [
+            "stopping: 2 accepted pictures are drawn first",
+            "stopped: all that was accepted is drawn",
+        ]
 
 
 def refused(server: Server) -> bool:
@@ -224,3 +232,10 @@ def test_several_threads_of_work(tiny_bundle: Path, alone: Draw) -> None:
             for index, own in enumerate(data):
                 expected = alone("b", index, seed=seed)
                 assert np.abs(pixels_of(own["b64_json"]).astype(int) - expected).max() <= 1
+
+
+def test_what_is_missing_is_named_with_the_packages_of_its_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, line in (("serve", serving.__main__.INSTALL), ("ray", batch.INSTALL)):
+        packages = shlex.split(line.removeprefix("python -m pip install "))
+        assert packages == extras["optional-dependencies"][name]
