@@ -28,6 +28,22 @@ def test_a_sheet_and_its_repetition(tiny_bundle: Path, tmp_path: Path, command: 
     assert read_metadata(tmp_path / "a.png")["provider"] == "cpu"
 
 
+def test_another_bundle_of_the_checkpoint_is_said(
+    own_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    """Bytes are promised of one bundle alone: another may lack the forms for processors."""
+    args = ("--label", "1", "--latent", "3x2", "--out", "a.png")
+    assert generate(command, own_bundle, *args)[0] == 0
+    path = own_bundle / "manifest.json"
+    path.write_text(path.read_text().replace(",", ", ", 1))
+    done = command(
+        *("runtime.generate", "--engine", own_bundle, "--from-png", "a.png", "--out", "b.png")
+    )
+    assert (
+        done.returncode == 0 and "a.png: drawn by another bundle of this checkpoint" in done.stderr
+    )
+
+
 def test_single_files_at_any_batch(tiny_bundle: Path, tmp_path: Path, command: Command) -> None:
     args = ("--label", "0-4", "--seed", 7)
     assert generate(command, tiny_bundle, *args, "--out", "a-{index}.png", "--batch", 3)[0] == 0
