@@ -154,6 +154,8 @@ def test_what_is_no_picture_is_refused(server: Server, photo: Rows) -> None:
     assert edit([("image[]", whole), ("image[]", whole)], prompt="b").status_code == 400
     assert edit({"image": whole}, prompt="b", strength="2").status_code == 400
     assert edit({"image": whole}, prompt="b", n="many").status_code == 400
+    answer = edit({"image": whole}, prompt="b", output_format="gif")
+    assert "output_format`; expected png or jpeg or webp" in answer.json()["error"]["message"]
     assert server.client.post("/v1/images/edits", json={"prompt": "b"}).status_code == 415
     body = {"init_images": ["/etc/passwd"]}
     answer = server.client.post("/sdapi/v1/img2img", json=body)
