@@ -18,9 +18,9 @@ log = logging.getLogger("runtime")
 class Bar:
     """A bar of tqdm where stderr is a terminal; else plain lines, so that logs stay readable.
 
-    `total` defaults to the length of `iterable`; `unit` is one of what is counted;
-    `look` is tqdm's, which is imported where it shows: that takes a quarter of the time that all
-    of the runtime's imports take.
+    `total` defaults to the length of `iterable`; `unit` is one of what is counted; `look` is
+    tqdm's, which is imported where it shows: that takes a quarter of the time that all of the
+    runtime's imports take.
     """
 
     quiet: ClassVar[bool] = False

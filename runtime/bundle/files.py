@@ -113,7 +113,7 @@ def check_writable(path: Path) -> None:
     if not path.parent.is_dir():
         raise ResourceError(
             f"{path.parent}: no such folder; expected one to write {path.name} in. "
-            f"Create the folder with: mkdir -p {shlex.quote(str(path.parent))}"
+            f"Create it with: mkdir -p {shlex.quote(str(path.parent))}"
         )
     check_folder(path.parent)
     if path.exists() and not os.access(path, os.W_OK):
