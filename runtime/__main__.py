@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import runpy
 import sys
+from pathlib import Path
 
 from runtime.cli import table, version
 from runtime.errors import UsageError
@@ -19,7 +20,6 @@ COMMANDS = {
     "certify": "does this machine draw what it should, in every precision and at every size?",
     "doctor": "what this machine can run, what to install, what to type next",
 }
-FIRST = "python -m runtime generate --label 7"
 MORE = {
     "serving": "a server of pictures: OpenAI's and A1111's interfaces, a page",
     "export": "checkpoint → bundle",
@@ -36,6 +36,7 @@ MORE = {
 
 def main() -> None:
     """Run the command that is named first, or list them all."""
+    own = called()
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(listed())
@@ -47,20 +48,31 @@ def main() -> None:
     else:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         meant = f"; the nearest is {near[0]}" if near else ""
-        print(
-            f"python -m runtime: error: no command {name}{meant}. Help: python -m runtime -h",
-            file=sys.stderr,
-        )
+        if name in MORE:
+            place = "it is" if installed(name) else "it is in a clone of the repository, as"
+            meant = f"; {place} python -m {name}"
+        print(f"{own}: error: no command {name}{meant}. Help: {own} -h", file=sys.stderr)
         sys.exit(UsageError.exit_code)
+
+
+def called() -> str:
+    """What the user typed to come here."""
+    name = Path(sys.argv[0]).stem
+    return name if name == "r2-edge" else "python -m runtime"
+
+
+def installed(name: str) -> bool:
+    """Whether one of MORE is here; the runtime's wheel has none of them."""
+    return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
 def listed() -> str:
     """Every command that is installed here, a line each."""
-    rows = [[f"python -m runtime {name}", text] for name, text in COMMANDS.items()]
-    for name, text in MORE.items():
-        if importlib.util.find_spec(name.partition(".")[0]):
-            rows.append([f"python -m {name}", text])
-    return f"{version()}\n\n{table(rows)}\n\nEach has --help. A first picture: " + FIRST
+    own = called()
+    rows = [[f"{own} {name}", text] for name, text in COMMANDS.items()]
+    rows += [[f"python -m {name}", text] for name, text in MORE.items() if installed(name)]
+    first = f"{own} generate --label 7"
+    return f"{version()}\n\n{table(rows)}\n\nEach has --help. A first picture: {first}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ DEFAULT_ENGINE = Path("r2id.onnx")  # looked for here, then in build/mnist
 DISTRIBUTIONS = ("r2-edge-runtime", "r2-edge-toolkit")
 LARGEST_SIDE = 1 << 20
 MOST_NUMBERS = 100_000
-SIZE = re.compile(r"(\d+)x(\d+)")
+SIZE = re.compile(r"(\d+)[xX](\d+)")
 MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(MB|GB)")
 
 
@@ -337,6 +337,7 @@ def integers(text: str) -> list[int]:
 
 def number(low: float, high: float, kind: type = float) -> Callable[[str], float]:
     """A converter for argparse: a `kind` within [low, high]; NaN is outside."""
+    ends = " to ".join(str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
 
     def convert(text: str) -> float:
         try:
@@ -345,8 +346,7 @@ def number(low: float, high: float, kind: type = float) -> Callable[[str], float
             value = float("nan")
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"{text!r}; expected {'an integer' if kind is int else 'a number'} "
-                f"from {low:g} to {high:g}"
+                f"{text!r}; expected {'an integer' if kind is int else 'a number'} from {ends}"
             )
         return value
 

@@ -37,9 +37,10 @@ def read_pictures(
         data = read_bytes(path, "an image", "Give the path of an image file", MOST_BYTES)
         check_hash(path, sha256(data), args.from_png, wanted[name])
         wanted[name] = sha256(data)
-        with ImageFile(path, own, ground, data) as image:
+        taker = "the model" if name == "init" else "a mask"
+        with ImageFile(path, own, ground, data, taker) as image:
             pixels = image.whole()
-            if name == "init" and image.notes:
+            if image.notes:
                 log.warning("%s: %s", path, "; ".join(image.notes))
         found[name] = pixels if name == "init" else (pixels + 1) / 2
     return found

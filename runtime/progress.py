@@ -18,8 +18,9 @@ log = logging.getLogger("runtime")
 class Bar:
     """A bar of tqdm where stderr is a terminal; else plain lines, so that logs stay readable.
 
-    `total` defaults to the length of `iterable`; `look` is tqdm's, which is imported where it
-    shows: that takes a quarter of the time that all of the runtime's imports take.
+    `total` defaults to the length of `iterable`; `unit` is one of what is counted; `look` is
+    tqdm's, which is imported where it shows: that takes a quarter of the time that all of the
+    runtime's imports take.
     """
 
     quiet: ClassVar[bool] = False
@@ -29,7 +30,7 @@ class Bar:
         iterable: Iterable[Any] = (),
         total: float | None = None,
         desc: str = "work",
-        unit: str = "it",
+        unit: str = "item",
         initial: float = 0,
         leave: bool = True,
         **look: Any,
@@ -128,7 +129,9 @@ class Bar:
 
     def _print(self, rest: str) -> None:
         of = f" of {self.total:.0f}" if self.total else ""
-        line = f"{self.what}: {self.n:.0f}{of} {self.unit}, {rest}"
+        several = "es" if self.unit.endswith("ch") else "s"
+        unit = self.unit if round(self.total or self.n) == 1 else self.unit + several
+        line = f"{self.what}: {self.n:.0f}{of} {unit}, {rest}"
         print(line, file=sys.stderr, flush=True)
 
 

@@ -1,6 +1,8 @@
 """Errors as clients read them: a status, and {"error": {"message", "type", "code"}}."""
 
+import difflib
 import logging
+from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -31,7 +33,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(500, "not_finite", str(error), "server_error")
     if isinstance(error, HTTPException):
         codes = {404: "not_found", 405: "method_not_allowed"}
-        return ApiError(error.status_code, codes.get(error.status_code, "refused"), error.detail)
+        code = codes.get(error.status_code, "refused")
+        return ApiError(error.status_code, code, error.detail, headers=dict(error.headers or {}))
     log.error("%s", error, exc_info=None if isinstance(error, ToolkitError) else error)
     return ApiError(500, "server_error", UNSAID, "server_error")
 
@@ -47,6 +50,20 @@ def response_of(error: BaseException) -> JSONResponse:
     return JSONResponse(body_of(found), found.status, found.headers)
 
 
-async def answer(_: Request, error: Exception) -> Response:
+async def answer(request: Request, error: Exception) -> Response:
     """Starlette's handler of every exception."""
+    if isinstance(error, HTTPException) and error.detail == HTTPStatus(error.status_code).phrase:
+        error = told(request, error)
     return response_of(error)
+
+
+def told(request: Request, error: HTTPException) -> HTTPException:
+    """An error of the router with what would be right: another method, or the nearest path."""
+    path, said = request.url.path, error.detail
+    if error.status_code == 405 and error.headers:
+        said = f"{request.method} of {path} is not served; expected {error.headers['Allow']}"
+    elif error.status_code == 404:
+        paths = [route.path for route in request.app.routes if "{" not in route.path]
+        near = difflib.get_close_matches(path, paths, 1, 0.0)
+        said = f"nothing is served at {path}; the nearest is {near[0]}"
+    return HTTPException(error.status_code, said, error.headers)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runtime.bundle.files import sha256
 from runtime.edited import BLACK
 from runtime.errors import ArtefactError, UsageError
-from runtime.images.picture import WHITE, ImageFile
+from runtime.images.picture import WHITE, ImageFile, opened, transparent, with_alpha
 from runtime.images.pixels import png_bytes
 from serving.errors import ApiError
 from serving.limits import Limits
@@ -80,12 +80,10 @@ def decoded(name: str, data: bytes, channels: int, limits: Limits) -> NDArray[np
 
 def transparency(data: bytes) -> NDArray[np.uint8] | None:
     """How transparent a picture is, uint8 `[h, w]`; None where it is opaque, alpha or not."""
-    from PIL import Image
-
-    picture = Image.open(io.BytesIO(data))
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+    picture = opened(io.BytesIO(data))
+    if not transparent(picture):
         return None
-    clear = 255 - np.asarray(picture.convert("RGBA").getchannel("A"))
+    clear = 255 - np.asarray(with_alpha(picture).getchannel("A"))
     return clear if clear.any() else None
 
 

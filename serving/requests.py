@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from typing import TypeVar
+import re
+from typing import TypeVar, get_args, get_type_hints
 
 import msgspec
 from starlette.requests import Request
@@ -26,7 +27,8 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(await request.body(), type=kind, strict=False)
     except msgspec.DecodeError as error:
-        raise ApiError(400, "invalid_json", f"the body is not as expected: {error}") from None
+        said = f"the body is not as expected: {error}{names_for(error, kind)}"
+        raise ApiError(400, "invalid_json", said) from None
 
 
 def as_kind(fields: dict[str, str], kind: type[Body]) -> Body:
@@ -34,7 +36,17 @@ def as_kind(fields: dict[str, str], kind: type[Body]) -> Body:
     try:
         return msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ApiError(400, "invalid_form", f"the form is not as expected: {error}") from None
+        said = f"the form is not as expected: {error}{names_for(error, kind)}"
+        raise ApiError(400, "invalid_form", said) from None
+
+
+def names_for(error: Exception, kind: type) -> str:
+    """What a field of `kind` takes, where the error is that it takes a few names alone; else ""."""
+    field = re.search(r"enum value .* - at `\$\.(\w+)`", str(error))
+    if field is None:
+        return ""
+    either = get_args(get_type_hints(kind)[field[1]])  # some names, or None
+    return f"; expected {' or '.join(name for part in either for name in get_args(part))}"
 
 
 async def read_form(

@@ -75,9 +75,16 @@ class TextToImage(Struct):
 
 
 def solver_of(name: str | None) -> str | None:
-    """A solver by a sampler's name, as in "DPM++ 2M"; None for the default, which none means."""
+    """A solver by a sampler's name, as in "DPM++ 2M"; None for the default, which none means.
+
+    Raises UsageError in the words of who asks.
+    """
     plain = (name or "").lower().replace(" ", "")
-    return None if plain in ("", "automatic") else plain
+    if plain in ("", "automatic"):
+        return None
+    if plain not in SOLVERS:
+        raise UsageError(f"sampler_name is {name!r}; expected {' or '.join(SOLVERS)}")
+    return plain
 
 
 class ImageToImage(TextToImage, kw_only=True):

@@ -46,7 +46,7 @@ def eps_over_t(draw: TorchDrawing, test: Images, size: Size, limit: int) -> Curv
     both, schedule = torch.stack([torch.zeros_like(own), own]), read_schedule(draw.schedule, size)
     times = [(i + 0.5) / SCRAPE_POINTS for i in range(SCRAPE_POINTS)]
     found: Curve = {"t": times, "null": [], "label": []}
-    for t in Bar(times, desc=f"eps over t {size_name(size)}", unit="t"):
+    for t in Bar(times, desc=f"eps over t {size_name(size)}", unit="time"):
         alpha_bar = schedule.alpha_bar(np.array([t]))
         a = float(alpha_bar[0])
         eps = torch.randn(latent.shape, generator=generator)

@@ -116,6 +116,12 @@ def check_writable(path: Path) -> None:
             f"Create it with: mkdir -p {shlex.quote(str(path.parent))}"
         )
     check_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        try:
+            os.close(os.open(path, os.O_WRONLY))
+        except OSError as error:  # one of another mode or owner can be replaced, as a rule
+            if error.errno == errno.EPERM:
+                raise resource_error(path, error) from None
 
 
 def check_folder(folder: Path) -> None:
@@ -202,12 +208,15 @@ def _umask() -> int:
 
 
 def resource_error(path: Path, error: OSError) -> ResourceError:
-    remedy = {
+    remedies = {
         errno.ENOSPC: "Free some space or choose another folder",
         errno.EROFS: "The folder is read-only: choose another",
         errno.EACCES: "Permission is missing: choose another folder or change its mode",
-        errno.ENOENT: f"Create the folder with: mkdir -p {shlex.quote(str(path.parent))}",
-    }.get(error.errno or 0, "Choose another folder")
+        errno.EPERM: "It may be protected, as by chattr +i: lift that or choose another name",
+    }
+    if error.errno == errno.ENOENT and not (path.is_dir() or path.parent.is_dir()):
+        remedies[errno.ENOENT] = f"Create the folder with: mkdir -p {shlex.quote(str(path.parent))}"
+    remedy = remedies.get(error.errno or 0, "Choose another folder")
     return ResourceError(
         f"{path}: cannot be written ({error.strerror}); what was there before is intact. {remedy}"
     )

@@ -4,17 +4,15 @@ PNG keeps its metadata in a text chunk, the others in EXIF's UserComment (Exif 2
 """
 
 import math
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 
-from runtime.bundle.files import parsing
 from runtime.bundle.interface import Size, size_name
 from runtime.errors import UsageError
-from runtime.images.picture import MOST_HELD
+from runtime.images.picture import MOST_HELD, readable
 from runtime.images.png import SIGNATURE, PngWriter, Rows, read_text, write_beside
 
 METADATA_KEY = "r2"  # of a PNG's text
@@ -92,8 +90,7 @@ def text_of(path: Path, file: IO[bytes]) -> str | None:
     from PIL import ExifTags, Image
 
     file.seek(0)
-    with parsing(path, "picture", "Make or fetch the file again"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes: no pixel is read
+    with readable(path, file):
         kinds = sorted({kind.name for kind in WHOLE.values()})
         exif = Image.open(file, formats=kinds).getexif().get_ifd(ExifTags.IFD.Exif)
         found = exif.get(ExifTags.Base.UserComment, b"")

@@ -5,18 +5,19 @@ What a reading loses is said in `ImageFile.notes`: colour, transparency, depth, 
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.files import open_file
+from runtime.bundle.files import LONGEST_REASON, open_file
 from runtime.bundle.interface import LARGEST, Size
-from runtime.errors import ArtefactError, UsageError
+from runtime.errors import ArtefactError, ToolkitError, UsageError
 from runtime.images.png import Rows, open_rows
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ COLOURED = ("RGB", "RGBX", "CMYK", "YCbCr", "HSV", "P")
 CLEAR = ("LA", "La", "RGBA", "RGBa", "PA")  # with an alpha channel
 WHITE = (255, 255, 255)
 MOST_HELD = 100_000_000  # pixels of a picture that cannot be read by rows
+SMALLER = "of a file that is not read by rows. Make it smaller, or an 8-bit PNG without alpha"
+REDUCED = re.compile(r";16[BLN]$")  # in Pillow's name of a file's pixels: 8 of 16 bits are kept
+SPREAD = {"L;2": 85, "L;4": 17}  # by such names: what Pillow makes of 1, that white is 255
+BAND = 256  # rows that are looked at for colour at once
 
 
 class ImageFile:
@@ -36,7 +41,8 @@ class ImageFile:
     A PNG of 8 bits, grey or RGB without transparency, is read row by row and never held whole, nor
     is a `.npy` file (uint8 `[h, w, c]`); what Pillow reads is held as bytes. Windows come from the
     top down. `ground`: RGB in 0 to 255, what lies under transparent pixels. `data`: the bytes of
-    the picture, where they are no file; `path` then names it in errors.
+    the picture, where they are no file; `path` then names it in errors. `taker`: what has
+    `channels`, in notes, which are whole once all pixels are read.
     """
 
     def __init__(
@@ -45,11 +51,12 @@ class ImageFile:
         channels: int,
         ground: tuple[int, int, int] = WHITE,
         data: bytes | None = None,
+        taker: str = "the model",
     ):
         """Raises UsageError where images cannot have `channels`, ArtefactError for a bad file."""
         if channels not in (1, 3):
             raise UsageError(f"the model has {channels} colour channels; image files have 1 or 3")
-        self.path, self.channels, self.ground = path, channels, ground
+        self.path, self.channels, self.ground, self.taker = path, channels, ground, taker
         self.notes: list[str] = []
         self._file = (
             open_file(path, "an image", "Give the path of an image file")
@@ -70,8 +77,6 @@ class ImageFile:
             self._picture = self._opened()
             width, height = self._picture.size
             self.size = (width, height) if _lies(self._picture) else (height, width)
-        if self._band is not None:
-            self._say_colour(self._band.shape[2])
 
     def __enter__(self) -> "ImageFile":
         return self
@@ -102,33 +107,32 @@ class ImageFile:
             if missing > 0:
                 self._band = np.concatenate([self._band, self._rows.read(missing)])
             self._top, self._band = top, self._band[top - self._top :]
-        band = self._band[top - self._top :][:height]
-        own = recoloured(band[:, left : left + width], self.channels).astype(np.float32)
+        band = self._band[top - self._top :][:height, left : left + width]
+        if band.shape[2] > self.channels and (band != band[..., :1]).any():
+            self._say_colour()
+        own = recoloured(band, self.channels).astype(np.float32)
         return np.ascontiguousarray(np.moveaxis(own, -1, 0)[None] / np.float32(127.5) - 1)
 
     def whole(self) -> NDArray[np.float32]:
         """All pixels `[1, c, h, w]`; raises ArtefactError for more than MOST_HELD."""
         if math.prod(self.size) > MOST_HELD:
-            raise self._too_large(self.size, "a picture that is held whole. Make it smaller")
+            raise self._too_large(self.size, "of a picture that is held whole. Make it smaller")
         return self(0, 0, *self.size)
 
     def _too_large(self, size: Size, what: str) -> ArtefactError:
         height, width = size
         return ArtefactError(
-            f"{self.path}: {height}x{width} pixels; expected at most {MOST_HELD} of {what}"
+            f"{self.path}: {height}x{width} pixels; expected at most {MOST_HELD} {what}"
         )
 
     def _opened(self) -> "Image":
         """The picture's header, read and judged."""
-        from PIL import Image
-
-        with self._readable():
-            picture = Image.open(self._file)
+        with readable(self.path, self._file):
+            picture = opened(self._file)
             frames = getattr(picture, "n_frames", 1)
         width, height = picture.size
         if width * height > MOST_HELD or max(width, height) > LARGEST:
-            rest = "Make it smaller, or an 8-bit PNG without transparency"
-            raise self._too_large((height, width), f"a file that is not read by rows. {rest}")
+            raise self._too_large((height, width), SMALLER)
         # A phone's MPO is a photograph, and what comes after it is made of it.
         if frames > 1 and picture.format != "MPO":
             raise ArtefactError(
@@ -140,11 +144,16 @@ class ImageFile:
                 f"{self.path}: pixels of mode {picture.mode}, whose range or colours no reader "
                 "knows; expected grey, RGB, palette or CMYK. Save it as a PNG of 8 or 16 bits"
             )
-        if picture.mode in DEEP:
-            self.notes.append("16 bits rounded to 8")
-        if picture.mode in CLEAR or "transparency" in picture.info:
+        reduced = REDUCED.search(raw_mode(picture)) is not None and picture.mode not in DEEP
+        if reduced and "transparency" in picture.info:
+            raise ArtefactError(
+                f"{self.path}: one colour of 16 bits is transparent, and at the 8 that are read it "
+                "is not known from its like; expected an alpha channel, or 8 bits. Save it so"
+            )
+        if picture.mode in DEEP or reduced:
+            self.notes.append(f"16 bits {'cut' if reduced else 'rounded'} to 8")
+        if transparent(picture):
             self.notes.append("transparency laid on #{:02x}{:02x}{:02x}".format(*self.ground))
-        self._say_colour(1 if picture.mode in (*GREY, *DEEP, "LA", "La") else 3)
         return picture
 
     def _decoded(self) -> Rows:
@@ -154,36 +163,102 @@ class ImageFile:
         picture = self._picture
         assert picture is not None  # else there is a band
         info = picture.info  # with what EXIF there is
-        with self._readable():
-            if picture.mode in DEEP:
-                deep = np.asarray(picture).astype(np.uint32)
-                picture = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
-                picture.info = info
-            elif picture.mode in CLEAR or "transparency" in picture.info:
-                clear = picture.convert("RGBA")
+        with readable(self.path, self._file):
+            if transparent(picture):
+                clear = with_alpha(picture)
                 picture = Image.new("RGBA", clear.size, (*self.ground, 255))
                 picture.alpha_composite(clear)
-                picture.info = info
+            elif picture.mode in DEEP:
+                picture = Image.fromarray(_rounded(np.asarray(picture)))
+            picture.info = info
             turned = ImageOps.exif_transpose(picture)
             grey = self.channels == 1 or turned.mode in GREY
+            if self.channels == 1 and _coloured(turned):
+                self._say_colour()
             pixels = np.asarray(turned.convert("L" if grey else "RGB"))
         return pixels.reshape(*pixels.shape[:2], -1)
 
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Turn whatever Pillow raises of a file into an ArtefactError."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes, which are judged above
-                yield
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders raise IndexError, struct.error and more
-            raise ArtefactError(f"{self.path}: cannot be read as an image ({error})") from None
+    def _say_colour(self) -> None:
+        note = f"{self.taker} is grey: colour dropped"
+        if note not in self.notes:
+            self.notes.append(note)
 
-    def _say_colour(self, found: int) -> None:
-        if found > self.channels:
-            self.notes.append("the model is grey: colour dropped")
+
+@contextmanager
+def readable(path: Path, file: IO[bytes]) -> Iterator[None]:
+    """Turn whatever Pillow raises of a file, which is open, into an ArtefactError."""
+    from PIL import Image, UnidentifiedImageError
+
+    remedy = "expected a whole picture, such as a PNG or JPEG. Make or fetch the file again"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are judged by MOST_HELD
+            yield
+    except (ToolkitError, MemoryError):
+        raise
+    except Image.DecompressionBombError:  # Pillow's own bound is above ours
+        raise ArtefactError(
+            f"{path}: more than {MOST_HELD} pixels; expected at most {MOST_HELD} {SMALLER}"
+        ) from None
+    except UnidentifiedImageError:
+        unknown = "cannot be read as an image (of no known kind)"
+        found = unknown if file.seek(0, io.SEEK_END) else "is empty"
+        raise ArtefactError(f"{path}: {found}; {remedy}") from None
+    except Exception as error:  # decoders raise IndexError, struct.error and more
+        said = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ArtefactError(f"{path}: cannot be read as an image ({said}); {remedy}") from None
+
+
+def opened(file: IO[bytes]) -> "Image":
+    """The picture that Pillow finds in a file, with the transparent value of a PNG as it reads it.
+
+    That is one of the file's values, and Pillow looks for it among those of 8 bits that it makes
+    of them.
+    """
+    from PIL import Image
+
+    picture = Image.open(file)
+    if "transparency" in picture.info and (factor := SPREAD.get(raw_mode(picture))) is not None:
+        picture.info["transparency"] *= factor
+    return picture
+
+
+def raw_mode(picture: "Image") -> str:
+    """What the pixels of a file that is not yet decoded are, as Pillow names it; "" if unknown."""
+    tiles = getattr(picture, "tile", [])
+    args = tiles[0].args if tiles else ""
+    return str(args[0] if isinstance(args, tuple) else args)
+
+
+def transparent(picture: "Image") -> bool:
+    """Whether an opened picture has an alpha channel, or a value that is transparent."""
+    return picture.mode in CLEAR or "transparency" in picture.info
+
+
+def with_alpha(picture: "Image") -> "Image":
+    """A transparent picture as RGBA; of 16 bits, Pillow would lose which value is transparent."""
+    from PIL import Image
+
+    if picture.mode in DEEP:
+        deep = np.asarray(picture)
+        alpha = np.where(deep == picture.info["transparency"], 0, 255).astype(np.uint8)
+        return Image.fromarray(np.stack([*[_rounded(deep)] * 3, alpha], -1))
+    return picture.convert("RGBA")
+
+
+def _rounded(deep: NDArray[np.uint16]) -> Rows:
+    """Values of 16 bits at 8 bits."""
+    return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _coloured(picture: "Image") -> bool:
+    """Whether any pixel is other than grey, looked at in bands so that little is held."""
+    width, height = picture.size
+    bands = (
+        picture.crop((0, top, width, min(top + BAND, height))) for top in range(0, height, BAND)
+    )
+    hues = (band.convert("YCbCr").getextrema()[1:] for band in bands)
+    return picture.mode not in GREY and any(hue != ((128, 128), (128, 128)) for hue in hues)
 
 
 def _lies(picture: "Image") -> bool:

@@ -88,6 +88,11 @@ class Labels:
                 )
             own = self.combination(term)
             found[own] = found.get(own, 0.0) + float(weight)
+        if found and not any(found.values()):
+            raise UsageError(
+                f"label {label!r} has no weight but 0; expected one that is not, or none for no "
+                "condition"
+            )
         return found
 
     def of_images(self, labels: Any) -> list[dict[Combination, float]]:
@@ -162,7 +167,19 @@ class Labels:
             return int(label)
         if not self.names:
             raise UsageError(f"label {label} is given; this bundle has none: leave labels None")
-        near = difflib.get_close_matches(str(label), self.names, 1)
+        if label == "":
+            raise UsageError(
+                "an empty label; expected one before and after each , + and : as in 7,8 or 3+8, or "
+                "none for no condition"
+            )
+        term, times, weight = str(label).rpartition("*")
+        if times:
+            raise UsageError(
+                f"label {term} has the weight {weight!r}; expected digits, with a point or without "
+                "and no sign, as in 3*0.7+8*0.3"
+            )
+        numbered = str(label).lstrip("-").isdecimal()  # no number is near to another
+        near = [] if numbered else difflib.get_close_matches(str(label), self.names, 1)
         meant = f"; the nearest is {near[0]}" if near else ""
         more = f" and {len(self.names) - LISTED} more" if len(self.names) > LISTED else ""
         raise UsageError(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime import cli
 from runtime.images.picture import ImageFile
 from runtime.images.pixels import contact_sheet, read_metadata, save_png, to_uint8
 from tests.conftest import Command
@@ -42,6 +43,10 @@ def test_another_bundle_of_the_checkpoint_is_said(
     assert (
         done.returncode == 0 and "a.png: drawn by another bundle of this checkpoint" in done.stderr
     )
+
+
+def test_a_size_may_have_a_capital_x() -> None:
+    assert cli.size("9X16") == cli.size("9x16") == (9, 16)
 
 
 def test_single_files_at_any_batch(tiny_bundle: Path, tmp_path: Path, command: Command) -> None:
@@ -99,7 +104,7 @@ def test_a_preview_is_written_first_and_is_a_request_of_its_own(
         (("--label", "5-2"), "no list"),
         (("--guidance", "nan"), "expected a number from -100 to 100"),
         (("--steps", "0"), "expected an integer"),
-        (("--seed=-1",), "expected an integer"),
+        (("--seed=-1",), "expected an integer from 0 to 9223372036854775807"),
         (("--out", "picture.gif"), "ends in one of .png .jpg .jpeg .webp"),
         (("--provider", "abacus"), "invalid choice"),
         (("--precision", "fp16"), "no graphs in fp16; found fp32. Make them with"),

@@ -337,6 +337,24 @@ def test_a_crop_and_another_size_of_an_edit(
     np.testing.assert_array_equal(whole[:, :23], expected[:, :23])
 
 
+def test_what_a_mask_loses_is_said(tiny_bundle: Path, command: Command, tmp_path: Path) -> None:
+    files(tmp_path)
+    red = np.zeros((30, 21, 3), np.uint8)
+    red[..., 0] = 255
+    Image.fromarray(red).save(tmp_path / "red.png")
+    Image.fromarray(np.full((30, 21, 3), 255, np.uint8)).save(tmp_path / "white.png")
+    Image.fromarray(np.full((30, 21), 65535, np.uint16)).save(tmp_path / "deep.png")
+    line = ("runtime.generate", "--engine", tiny_bundle, "--steps", 1, "--init", "grey.png")
+    for name, said in {
+        "red.png": ["note: red.png: a mask is grey: colour dropped"],
+        "white.png": [],
+        "deep.png": ["note: deep.png: 16 bits rounded to 8"],
+    }.items():
+        done = command(*line, "--mask", name)
+        notes = [line for line in done.stderr.splitlines() if line.startswith("note")]
+        assert done.returncode == 0 and notes == said
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
@@ -347,6 +365,7 @@ def test_a_crop_and_another_size_of_an_edit(
         (("--init", "photo.png", "--strength", "1.5"), 2, "expected a number from 0 to 1"),
         (("--init", "none.png"), 3, "none.png: no such file"),
         (("--init", "text.png"), 3, "cannot be read as an image"),
+        (("--from-png", "text.png"), 3, "(of no known kind); expected a whole picture"),
         (("--init", "photo.png", "--mask", "photo.npy"), 3, "photo.npy: no such file"),
         (("--init", "photo.png", "--mask", "mask.png", "--state", "a.npz"), 2, "one of them"),
         (("--init", "photo.png", "--continue-at", "24x18"), 2, "continue_at is given with init"),

@@ -1,13 +1,21 @@
 """A destination is the whole old file or the whole new one, whatever fails."""
 
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.bundle.files import TEMPORARY_PREFIX, Measures, atomic_write, check_writable
+from runtime.bundle.files import (
+    TEMPORARY_PREFIX,
+    Measures,
+    atomic_write,
+    check_writable,
+    resource_error,
+)
 from runtime.bundle.folders import make_folder, owning, remove_stale
 from runtime.bundle.locks import lock
 from runtime.errors import ResourceError
@@ -73,6 +81,28 @@ def test_a_full_disk_ends_a_command_with_5_and_the_old_file(
     assert done.returncode == 5 and "cannot be written" in done.stderr
     assert (tmp_path / "old.png").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["old.png"]
+
+
+def test_a_folder_that_is_there_is_not_to_be_made(tmp_path: Path) -> None:
+    missing = FileNotFoundError(2, "No such file or directory")
+    for path in (tmp_path, tmp_path / "a.png"):  # as a file in /proc, which cannot be made
+        assert str(resource_error(path, missing)).endswith("intact. Choose another folder")
+    created = f"mkdir -p {tmp_path / 'b'}"
+    assert str(resource_error(tmp_path / "b" / "a.png", missing)).endswith(created)
+
+
+def test_a_protected_file_is_found_before_any_work(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    check_writable(path)  # it is replaced, not written into
+    if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", path]).returncode:
+        pytest.skip("no file can be made immutable here")
+    try:
+        with pytest.raises(ResourceError, match=r"not permitted.* lift that or choose another"):
+            check_writable(path)
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
 
 
 def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_pictures_of_others_hold_none(tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="holds no 'r2' metadata"):
             read_metadata(tmp_path / name)
     (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(ArtefactError, match=r"text\.jpg: no picture"):
+    with pytest.raises(ArtefactError, match=r"text\.jpg: cannot be .*\(of no known kind"):
         read_metadata(tmp_path / "text.jpg")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from runtime import EngineOptions, cli, open_bundle, progress
+from runtime import __main__ as commands
 from runtime.images.pixels import read_metadata
 from tests.conftest import Command
 
@@ -132,9 +133,14 @@ def test_logs_have_plain_lines_and_a_word_before_hours(
             bar.update()
     assert heard == ["train will take about 2 h 46 min; Ctrl-C stops it"]
     lines = capsys.readouterr().err
-    assert "train: 6 of 1000 step, loss=0.1, 166 min left" in lines.replace("2 h 46 min", "166 min")
+    assert "train: 6 of 1000 steps, loss=0.1, 166 min left" in lines.replace(
+        "2 h 46 min", "166 min"
+    )
     assert "\r" not in lines and 1 <= lines.count("\n") <= 3
-    assert [*progress.Bar([1, 2, 3], desc="walk")] == [1, 2, 3]
+    assert [*progress.Bar([1, 2, 3], desc="walk", unit="batch")] == [1, 2, 3]
+    assert [*progress.Bar([1], desc="one", unit="batch")] == [1]
+    lines = capsys.readouterr().err
+    assert "walk: 3 of 3 batches, " in lines and "one: 1 of 1 batch, " in lines
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +161,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_needs_no_library_of_bars() -> None:
     code = "import sys, runtime.progress as p; [*p.Bar([1, 2])]; print('tqdm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n" and "work: 2 of 2 it" in done.stderr
+    assert done.stdout == "False\n" and "work: 2 of 2 items" in done.stderr
 
 
 def test_a_request_far_outside_of_the_training_is_said(own_bundle: Path, command: Command) -> None:
@@ -188,6 +194,25 @@ def test_the_commands_are_listed_and_begun_from_one(command: Command) -> None:
     wrong = command("runtime", "genrate")
     assert wrong.returncode == 2 and "the nearest is generate" in wrong.stderr
     assert command("runtime", "generate", "--help").stdout.startswith("usage: python -m runtime.g")
+    beside = command("runtime", "export.to_plan")
+    assert beside.returncode == 2
+    assert "no command export.to_plan; it is python -m export.to_plan." in beside.stderr
+
+
+def test_the_wheels_command_lists_itself_and_says_where_the_rest_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/r2-edge", "serving"])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == 2
+    said = "no command serving; it is in a clone of the repository, as python -m serving. "
+    assert capsys.readouterr().err == f"r2-edge: error: {said}Help: r2-edge -h\n"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/r2-edge"])
+    commands.main()
+    listed = capsys.readouterr().out
+    assert "r2-edge generate " in listed and "python -m" not in listed
 
 
 def test_without_a_bundle_it_says_where_it_looked(command: Command, tmp_path: Path) -> None:

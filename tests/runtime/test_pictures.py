@@ -26,6 +26,24 @@ def read(path: Path, channels: int = 3, **options: Any) -> tuple[np.ndarray, lis
         return np.rint((np.moveaxis(pixels, 0, -1) + 1) * 127.5).astype(np.uint8), image.notes
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(values: np.ndarray, colour: int, key: bytes = b"", bits: int = 16) -> bytes:
+    """A PNG of values `[h, w]` or `[h, w, c]`, packed where they have less than 8 bits."""
+    wide = values.reshape(len(values), -1)
+    rows = wide.astype(">u2").view(np.uint8) if bits == 16 else wide.astype(np.uint8)
+    if bits < 8:
+        shifts = np.arange(8 - bits, -1, -bits)
+        rows = (rows.reshape(len(rows), -1, 8 // bits) << shifts).sum(2).astype(np.uint8)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, colour, 0, 0, 0)
+    packed = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    parts = [(b"IHDR", head), (b"IDAT", packed), (b"IEND", b"")]
+    parts[1:1] = [(b"tRNS", key)] if key else []
+    return SIGNATURE + b"".join(chunk(*part) for part in parts)
+
+
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     for name in ("deep.png", "deep.tif"):
         Image.fromarray(GREY).save(tmp_path / name)
@@ -51,6 +69,53 @@ def test_transparency_is_laid_on_a_ground(tmp_path: Path) -> None:
     keyed = Image.fromarray(np.zeros((4, 4), np.uint8))  # one value of grey is transparent
     keyed.save(tmp_path / "key.png", transparency=0)
     assert (read(tmp_path / "key.png", 1)[0] == 255).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_one_grey_of_a_png_is_transparent_at_every_depth(tmp_path: Path, bits: int) -> None:
+    largest = (1 << bits) - 1
+    values = (np.arange(8 * 16) * 257).reshape(8, 16) & largest
+    key = int(values[0, 1])  # 257 at 16 bits, which neighbours would share at 8
+    values[1, 2:4] = min(key + 1, largest), max(key - 1, 0)
+    (tmp_path / "a.png").write_bytes(png(values, 0, struct.pack(">H", key), bits))
+    opaque = np.rint(values / largest * 255)
+    for channels in (1, 3):
+        found, notes = read(tmp_path / "a.png", channels, ground=(9, 9, 9))
+        expected = np.where(values == key, 9, opaque)[..., None].repeat(channels, 2)
+        np.testing.assert_array_equal(found, expected)
+        said = ["16 bits rounded to 8"] * (bits == 16)
+        assert notes == [*said, "transparency laid on #090909"]
+
+
+def test_what_is_said_of_depth_and_colour_is_true(tmp_path: Path) -> None:
+    alike = np.stack([GREY] * 3, -1)
+    alpha = np.full_like(GREY, 65535)
+    cut, laid, dropped = (
+        "16 bits cut to 8",
+        "transparency laid on #ffffff",
+        "the model is grey: colour dropped",
+    )
+    files = {
+        "rgb.png": (png(np.stack([GREY, GREY[::-1], GREY], -1), 2), [cut, dropped]),
+        "alike.png": (png(alike, 2), [cut]),
+        "la.png": (png(np.stack([GREY, alpha], -1), 4), [cut, laid]),
+        "rows.png": (png(alike >> 8, 2, bits=8), []),
+        "coloured-rows.png": (png(RGB, 2, bits=8), [dropped]),
+    }
+    for name, (data, expected) in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert read(tmp_path / name, 1)[1] == expected, name
+    palette = Image.fromarray((GREY >> 8).astype(np.uint8)).convert("P")
+    palette.save(tmp_path / "grey.gif")
+    palette.convert("RGB").save(tmp_path / "grey.jpg")
+    assert Image.open(tmp_path / "grey.gif").mode == "P"
+    assert Image.open(tmp_path / "grey.jpg").mode == "RGB"
+    for name in ("grey.gif", "grey.jpg"):
+        assert read(tmp_path / name, 1)[1] == []
+    late = np.stack([GREY >> 8] * 3, -1).astype(np.uint8).repeat(40, 0)
+    late[-1, -1] = 255, 0, 0
+    Image.fromarray(late).save(tmp_path / "late.bmp")
+    assert read(tmp_path / "late.bmp", 1)[1] == [dropped]
 
 
 @pytest.mark.parametrize("mode", ["P", "CMYK", "YCbCr", "1", "L"])
@@ -85,10 +150,6 @@ def test_a_picture_stands_as_its_exif_says(tmp_path: Path, turn: int) -> None:
     assert np.abs(np.moveaxis(middle, 0, -1) - upright).mean() < 25  # chroma is halved
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -96,10 +157,16 @@ def chunk(kind: bytes, data: bytes) -> bytes:
         ("deep.tif", "pixels of mode I, whose range"),
         ("moving.gif", "holds 2 pictures; expected one"),
         ("moving.png", "holds 2 pictures; expected one"),
-        ("bomb.png", "exceeds limit of"),
+        (
+            "bomb.png",
+            "more than 100000000 pixels; expected at most 100000000 of a file that is not",
+        ),
         ("large.png", "12000x10000 pixels; expected at most"),
         ("wide.png", "expected sides of at most"),
-        ("cut.jpg", "cannot be read as an image"),
+        ("cut.jpg", r"cannot be read as an image \(image .* expected a whole picture.* Make or"),
+        ("empty.png", "empty.png: is empty; expected a whole picture, such as a PNG or JPEG. Make"),
+        ("text.png", r"cannot be read as an image \(of no known kind\); expected a whole picture"),
+        ("keyed.png", "one colour of 16 bits is transparent, .* Save it so"),
     ],
 )
 def test_what_has_no_right_reading_is_refused(tmp_path: Path, name: str, words: str) -> None:
@@ -113,6 +180,10 @@ def test_what_has_no_right_reading_is_refused(tmp_path: Path, name: str, words: 
     elif name == "cut.jpg":
         frames[0].save(path)
         path.write_bytes(path.read_bytes()[:-200])
+    elif name in ("empty.png", "text.png"):
+        path.write_text("" if name == "empty.png" else "text")
+    elif name == "keyed.png":
+        path.write_bytes(png(np.stack([GREY] * 3, -1), 2, bytes(6)))
     else:  # two bits a pixel, so that it is not read by rows
         head = struct.pack(">IIBBBBB", *sides[name], 2, 0, 0, 0, 0)
         packed = zlib.compress(bytes(1 << 20))

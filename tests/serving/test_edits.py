@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pytest
 from PIL import Image
 
 from runtime.images.pixels import png_bytes, read_metadata
-from runtime.images.png import Rows
+from runtime.images.png import SIGNATURE, Rows
+from serving.edits import transparency
 from tests.conftest import Command
+from tests.runtime.test_pictures import png
 from tests.serving.conftest import Server, pixels_of, running
 from tests.serving.test_openai import Draw
 
@@ -121,6 +125,15 @@ def test_other_formats_hold_what_made_them(
     assert read_metadata(tmp_path / name)["request"]["seed"] == 1
 
 
+def test_a_mask_of_any_depth_is_transparent_where_its_file_says(mask: Rows) -> None:
+    """The left half has the value that is transparent; at 8 bits a neighbour would share it."""
+    values = np.where(mask[..., 0] > 0, 300, 301)
+    for bits, key in ((16, 300), (4, 300 & 15), (2, 300 & 3)):
+        data = png(values & ((1 << bits) - 1), 0, struct.pack(">H", key), bits)
+        found = transparency(data)
+        assert found is not None and np.array_equal(found, mask[..., 0])
+
+
 def test_what_is_no_picture_is_refused(server: Server, photo: Rows) -> None:
     whole = png_bytes(photo)
 
@@ -132,10 +145,17 @@ def test_what_is_no_picture_is_refused(server: Server, photo: Rows) -> None:
         answer = edit({"image": ("../../etc/passwd.eps", data)}, prompt="b")
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_image"
         assert "passwd" not in answer.text
+    head = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 6, 0, 0, 0)
+    bomb = SIGNATURE + b"\0\0\0\r" + head + struct.pack(">I", zlib.crc32(head))
+    bomb += b"\0\0\0\0IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    said = edit({"image": ("a.png", bomb)}, prompt="b").json()["error"]["message"]
+    assert "more than 100000000 pixels; expected at most" in said, said
     assert edit({"mask": whole}, prompt="b").json()["error"]["code"] == "invalid_form"
     assert edit([("image[]", whole), ("image[]", whole)], prompt="b").status_code == 400
     assert edit({"image": whole}, prompt="b", strength="2").status_code == 400
     assert edit({"image": whole}, prompt="b", n="many").status_code == 400
+    answer = edit({"image": whole}, prompt="b", output_format="gif")
+    assert "output_format`; expected png or jpeg or webp" in answer.json()["error"]["message"]
     assert server.client.post("/v1/images/edits", json={"prompt": "b"}).status_code == 415
     body = {"init_images": ["/etc/passwd"]}
     answer = server.client.post("/sdapi/v1/img2img", json=body)

@@ -118,6 +118,8 @@ def test_the_shape_that_open_webui_sends(server: Server) -> None:
         ({"prompt": "b", "solver": "euler"}, "solver is 'euler'; expected ddim or"),
         ({"prompt": 7}, "Expected `str`, got `int` - at `$.prompt`"),
         ({}, "missing required field `prompt`"),
+        ({"prompt": "b", "output_format": "gif"}, "output_format`; expected png or jpeg or webp"),
+        ({"prompt": "b", "response_format": "x"}, "`$.response_format`; expected b64_json or url"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_the_runtimes_words(

@@ -34,7 +34,8 @@ def test_a_sampler_is_one_of_those_listed(server: Server) -> None:
     names = [own["name"] for own in server.client.get("/sdapi/v1/samplers").json()]
     assert names[0] == "dpm++3m" and set(names) == {"ddim", "dpm++2m", "dpm++3m"}
     refused = server.client.post("/sdapi/v1/txt2img", json={"sampler_name": "Euler a"})
-    assert refused.status_code == 400 and "expected ddim or" in refused.json()["error"]["message"]
+    said = "sampler_name is 'Euler a'; expected ddim or"
+    assert refused.status_code == 400 and said in refused.json()["error"]["message"]
 
 
 def test_progress_with_a_picture_and_an_interruption(server: Server) -> None:

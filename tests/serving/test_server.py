@@ -117,7 +117,14 @@ def test_pages_of_others_and_names_that_point_here_are_kept_out(server: Server) 
     assert ask("/v1/models", headers={"Origin": server.url}).status_code == 200
     assert "access-control-allow-origin" not in ask("/v1/models").headers
     assert ask("/v1/nothing").json()["error"]["code"] == "not_found"
-    assert ask("/v1/images/generations").status_code == 405
+    missing = ask("/v1/image/generations").json()["error"]["message"]
+    said = "nothing is served at /v1/image/generations; the nearest is /v1/images/generations"
+    assert missing.startswith(said)
+    refused = ask("/v1/images/generations")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
+    said = "GET of /v1/images/generations is not served; expected POST"
+    assert refused.json()["error"]["message"] == said
+    assert "kept for an hour" in ask("/pictures/none").json()["error"]["message"]
 
 
 def test_a_token_is_needed_beyond_this_machine(
