@@ -58,23 +58,28 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, Array]
     if name is None or info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename[:100]!r} is packed, encrypted or no array")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"{info.filename} has version {version} of the format; expected 1.0")
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        if len(shape) > MOST_AXES or dtype.hasobject or min(shape, default=0) < 0:
-            raise ValueError(f"{info.filename} is {dtype} {shape}")
-        wanted, left = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if wanted != left:
-            raise ValueError(f"{info.filename} is {dtype} {shape} in {left} bytes, not {wanted}")
-        values = np.empty(shape, dtype, "F" if by_columns else "C")
-        place = values.reshape(-1, order="A").view(np.uint8)
-        while len(place) and (data := file.read(min(len(place), PIECE))):
-            place[: len(data)] = np.frombuffer(data, np.uint8)
-            place = place[len(data) :]
-        if len(place) or file.read(1):  # the end, where the archive's checksum is compared
-            raise ValueError(f"{info.filename} is cut short")
-    return name[1], values
+        return name[1], read_array(file, info.filename, info.file_size)
+
+
+def read_array(file: IO[bytes], name: str, size: int) -> Array:
+    """The array in a .npy file of `size` bytes; raises what says that it is none."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"{name} has version {version} of the format; expected 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if len(shape) > MOST_AXES or dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"{name} is {dtype} {shape}")
+    wanted, left = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if wanted != left:
+        raise ValueError(f"{name} is {dtype} {shape} in {left} bytes, not {wanted}")
+    values = np.empty(shape, dtype, "F" if by_columns else "C")
+    place = values.reshape(-1, order="A").view(np.uint8)
+    while len(place) and (data := file.read(min(len(place), PIECE))):
+        place[: len(data)] = np.frombuffer(data, np.uint8)
+        place = place[len(data) :]
+    if len(place) or file.read(1):  # the end, where an archive's checksum is compared
+        raise ValueError(f"{name} is cut short")
+    return values
 
 
 def require(path: Path, arrays: dict[str, Array], key: str, remedy: str) -> Array:

@@ -210,7 +210,12 @@ class Library:
 
         def deserialize(data: bytes) -> Engine | None:
             self.opened.append(data)
-            return self.answer("deserialize_cuda_engine", Engine(self, data), None)
+            try:
+                engine = Engine(self, data)
+            except Exception as error:  # the library's classes share no base
+                log.log(self.ILogger.ERROR, str(error))
+                return None
+            return self.answer("deserialize_cuda_engine", engine, None)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
