@@ -16,6 +16,7 @@ from runtime.errors import ArtefactError
 
 MEMBER = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})\.npy")
 MOST_AXES, PIECE = 8, 1 << 24
+LAST_LETTER = 0x10FFFF  # of Unicode; numpy makes strings that are none of what is beyond
 # The end of a ZIP archive (APPNOTE 6.3.10, section 4.3.16): members in all, bytes of their list.
 END, LISTED = struct.Struct("<4s4xHH4s4xH"), 256  # at most so many bytes a member
 
@@ -79,6 +80,8 @@ def read_array(file: IO[bytes], name: str, size: int) -> Array:
         place = place[len(data) :]
     if len(place) or file.read(1):  # the end, where an archive's checksum is compared
         raise ValueError(f"{name} is cut short")
+    if dtype.kind == "U" and (values.reshape(-1).view(f"{dtype.byteorder}u4") > LAST_LETTER).any():
+        raise ValueError(f"{name} holds what is no text")
     return values
 
 

@@ -154,7 +154,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise resource_error(path, error) from None
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(
+                OSError
+            ):  # gone if all went well; else what comes later goes on
+                temporary.unlink()
     _sync_folder(path)
 
 

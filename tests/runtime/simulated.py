@@ -157,7 +157,9 @@ class Engine:
         self.lib = library
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            data, options, ["CPUExecutionProvider"], enable_fallback=0
+        )
         values = (*self.session.get_inputs(), *self.session.get_outputs())
         self.names = [value.name for value in values]
         self.fused = "eps" in self.names
