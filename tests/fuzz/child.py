@@ -19,7 +19,7 @@ from runtime.errors import ToolkitError
 from tests.fuzz.damage import Sample
 
 if TYPE_CHECKING:
-    from tests.fuzz.readers import Reader
+    from tests.fuzz.reader import Reader
 
 MEMORY = 512 << 20  # bytes above what a reader has taken for whole files
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
