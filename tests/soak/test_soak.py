@@ -27,7 +27,7 @@ from tests.conftest import PIXELS
 from tests.serving.conftest import Server, pixels_of, running
 from tests.soak.leaky import LEAK
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "6"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "4"))
 SHORT = 6.0  # seconds in which a leak must show
 THREADS, CLIENTS = 8, 64
 FLAT = 48 << 20  # bytes that memory may grow by after the warm-up, however long
