@@ -80,8 +80,10 @@ def read_array(file: IO[bytes], name: str, size: int) -> Array:
         place = place[len(data) :]
     if len(place) or file.read(1):  # the end, where an archive's checksum is compared
         raise ValueError(f"{name} is cut short")
-    if dtype.kind == "U" and (values.reshape(-1).view(f"{dtype.byteorder}u4") > LAST_LETTER).any():
-        raise ValueError(f"{name} holds what is no text")
+    if dtype.kind == "U":
+        letters = values.reshape(-1).view(f"{dtype.byteorder}u4")
+        if letters.max(initial=0) > LAST_LETTER:
+            raise ValueError(f"{name} holds what is no text")
     return values
 
 

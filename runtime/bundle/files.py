@@ -154,9 +154,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise resource_error(path, error) from None
     finally:
         if temporary is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # gone if all went well; else what comes later goes on
+            # It is gone if all went well, and else no reason to hide why.
+            with contextlib.suppress(OSError):
                 temporary.unlink()
     _sync_folder(path)
 

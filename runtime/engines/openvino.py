@@ -156,7 +156,9 @@ class OpenVinoEngine:
         except Exception as error:
             raise ArtefactError(f"{self.spec.file}: {_refusal(error)}. {REBUILD}") from None
         for tensor in self.spec.outputs:
-            if found[tensor.name] not in ([*tensor.shape(sizes)], [None] * len(tensor.axes)):
+            sides, wanted = found[tensor.name], tensor.shape(sizes)
+            fits = all(side in (None, own) for side, own in zip(sides, wanted, strict=False))
+            if not fits or len(sides) != len(wanted):
                 raise ArtefactError(
                     f"{self.spec.file}: gives {tensor.name} {found[tensor.name]}; the manifest "
                     f"expects {tensor.shape(sizes)}. It is a graph of another model. {REBUILD}"
