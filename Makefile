@@ -22,7 +22,7 @@ GPU_EXTRAS := gpu,tensorrt-rtx,train,test
 CODE := runtime serving reference export calibration tests benchmarks docs
 
 .DEFAULT_GOAL := help
-.PHONY: help generate export plans calibrate train distill evaluate bench families gpu dist test lint browser triton lock clean
+.PHONY: help generate export plans calibrate train distill evaluate bench families gpu dist test fuzz crash soak lint browser triton lock clean
 
 help: ## list the commands (what `make` alone does)
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -132,6 +132,18 @@ gpu: ## all that a GPU can settle, in 8 minutes: tests, then steps beside PyTorc
 
 dist: build/mnist/manifest.json ## the runtime alone with the shipped bundle inside, as a wheel in dist/
 	$(BIN)/python -m export.wheel build/mnist --out dist
+
+# Tests that `make test` runs in a small form, in full; each says how much it did.
+FULL := $(BIN)/python -m pytest -s -p no:cacheprovider
+
+fuzz: .venv/.full build/tiny/manifest.json ## 10,000 damaged inputs for everything that reads a file or a request
+	FUZZ_INPUTS=10000 $(FULL) tests/fuzz
+
+crash: .venv/.full build/tiny/manifest.json ## every writer killed at 50 random moments
+	CRASH_KILLS=50 $(FULL) tests/crash
+
+soak: .venv/.full build/tiny/manifest.json ## 10 minutes of each engine and of the server, memory watched
+	SOAK_SECONDS=600 $(FULL) tests/soak
 
 lint: .venv/.full ## style and types alone: what reviewers need not look at
 	$(BIN)/ruff check $(CODE)

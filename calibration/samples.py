@@ -352,9 +352,12 @@ def load(path: Path, manifest: Manifest) -> list[Sample]:
 def _sample(row: _Row, arrays: Arrays, manifest: Manifest) -> Sample:
     """A row with its arrays; raises UsageError or ValueError where it is no run of a graph."""
     spec = manifest.graphs.get(row.graph)
-    of_step = row.t is not None and row.guidance_scale is not None
-    if spec is None or (row.graph == manifest.step_graph and not of_step):
-        raise ValueError(f"a sample of {row.graph!r} with t {row.t} is of no graph")
+    of_step = row.graph == manifest.step_graph
+    if spec is None or {of_step} != {row.t is not None, row.guidance_scale is not None}:
+        raise ValueError(
+            f"a sample of {row.graph!r} with t {row.t} and guidance_scale {row.guidance_scale} is "
+            "of no graph"
+        )
     if not arrays.keys() >= {*row.inputs.values()}:
         raise ValueError(f"a sample of {row.graph} names arrays that are not there")
     inputs = {name: arrays[digest] for name, digest in row.inputs.items()}

@@ -2,14 +2,18 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import parent_process
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+
+from runtime.errors import ResourceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,14 +29,17 @@ def in_processes(
     """Each item with its result, as they are ready; items are begun in their order.
 
     `busy` is told the items that are being worked on, at first and whenever one has ended. Raises
-    what `work` raises. Then, and where the caller stops early, the others are ended.
+    what `work` raises, ResourceError where a process is ended from outside. Then, and where the
+    caller stops early, the others are ended.
     """
     count = min(PROCESSES, os.cpu_count() or 1, len(items))
     threads = max(1, torch.get_num_threads() // count)
     # Not forked: a fork beside the threads of torch can hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _prepare, (threads,)) as pool:
-        jobs = {pool.submit(work, item): item for item in items}
+        # As bytes: torch would share its tensors by descriptors that a process which is ended never
+        # fetches, and print of it.
+        jobs = {pool.submit(_unpacked, pickle.dumps((work, item))): item for item in items}
         left = dict(jobs)
         try:
             busy([*left.values()][:count])
@@ -40,12 +47,20 @@ def in_processes(
                 item, result = left.pop(job), job.result()
                 busy([*left.values()][:count])
                 yield item, result
+        except BrokenProcessPool:
+            raise ResourceError(
+                "a process that worked on a graph was ended from outside, as a system does that is "
+                "short of memory; what was there before is intact. Free some and try again"
+            ) from None
         except BaseException:
-            for job in jobs:
-                job.cancel()
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def _unpacked(packed: bytes) -> Any:
+    work, item = pickle.loads(packed)
+    return work(item)
 
 
 def _prepare(threads: int) -> None:

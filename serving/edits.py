@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.files import sha256
+from runtime.bundle.files import parsing, sha256
 from runtime.edited import BLACK
 from runtime.errors import ArtefactError, UsageError
 from runtime.images.picture import WHITE, ImageFile, opened, transparent, with_alpha
@@ -79,11 +79,18 @@ def decoded(name: str, data: bytes, channels: int, limits: Limits) -> NDArray[np
 
 
 def transparency(data: bytes) -> NDArray[np.uint8] | None:
-    """How transparent a picture is, uint8 `[h, w]`; None where it is opaque, alpha or not."""
-    picture = opened(io.BytesIO(data))
-    if not transparent(picture):
-        return None
-    clear = 255 - np.asarray(with_alpha(picture).getchannel("A"))
+    """How transparent a picture is, uint8 `[h, w]`; None where it is opaque, alpha or not.
+
+    Raises ApiError for one whose pixels are damaged.
+    """
+    try:
+        with parsing(Path("mask"), "picture", "Save it again"):
+            picture = opened(io.BytesIO(data))
+            if not transparent(picture):
+                return None
+            clear = 255 - np.asarray(with_alpha(picture).getchannel("A"))
+    except ArtefactError as error:
+        raise ApiError(400, "invalid_image", str(error)) from None
     return clear if clear.any() else None
 
 

@@ -26,7 +26,7 @@ async def read_json(request: Request, kind: type[Body]) -> Body:
         raise ApiError(415, "content_type", f"Content-Type is {media!r}; expected application/json")
     try:
         return msgspec.json.decode(await request.body(), type=kind, strict=False)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         said = f"the body is not as expected: {error}{names_for(error, kind)}"
         raise ApiError(400, "invalid_json", said) from None
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ HEAVY = (
     *("r2id", "r2ir_image_summary", "r2ir_encode"),
     *("r2ir_latent_summary", "r2ir_decode", "r2ir_render"),
 )
+PIXELS = ("siid", "s2id", "hdit", "sid2")  # families that diffuse pixels
 TINY, MNIST = ROOT / "build" / "tiny", ROOT / "build" / "mnist"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # So that it looks for no host but those of a test's pages.
@@ -88,14 +90,33 @@ def quantized_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-@pytest.fixture(scope="session", params=("siid", "s2id", "hdit", "sid2"))
-def pixel_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bundle of each family that diffuses pixels, exported once."""
-    out = tmp_path_factory.mktemp("families") / str(request.param)
-    line = [sys.executable, "-m", "tests.tiny", str(out), f"tiny-{request.param}"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr
-    return out
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny bundle of a family that diffuses pixels, exported once."""
+    folder = tmp_path_factory.mktemp("families")
+
+    @cache
+    def made(name: str) -> Path:
+        line = [sys.executable, "-m", "tests.tiny", str(folder / name), f"tiny-{name}"]
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr
+        return folder / name
+
+    return made
+
+
+@pytest.fixture(scope="session", params=PIXELS)
+def pixel_bundle(request: pytest.FixtureRequest, exported: Callable[[str], Path]) -> Path:
+    """A tiny bundle of each family that diffuses pixels."""
+    return exported(request.param)
+
+
+@pytest.fixture(scope="session", params=("r2", *PIXELS))
+def family_bundle(request: pytest.FixtureRequest, exported: Callable[[str], Path]) -> Path:
+    """A tiny bundle of each family."""
+    if request.param == "r2":
+        return Path(request.getfixturevalue("tiny_bundle"))
+    return exported(request.param)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from runtime.errors import ArtefactError
 
 MEMBER = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]{0,99})\.npy")
 MOST_AXES, PIECE = 8, 1 << 24
+LAST_LETTER = 0x10FFFF  # of Unicode; numpy makes strings that are none of what is beyond
 # The end of a ZIP archive (APPNOTE 6.3.10, section 4.3.16): members in all, bytes of their list.
 END, LISTED = struct.Struct("<4s4xHH4s4xH"), 256  # at most so many bytes a member
 
@@ -58,23 +59,32 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[str, Array]
     if name is None or info.flag_bits & 1 or info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename[:100]!r} is packed, encrypted or no array")
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"{info.filename} has version {version} of the format; expected 1.0")
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-        if len(shape) > MOST_AXES or dtype.hasobject or min(shape, default=0) < 0:
-            raise ValueError(f"{info.filename} is {dtype} {shape}")
-        wanted, left = math.prod(shape) * dtype.itemsize, info.file_size - file.tell()
-        if wanted != left:
-            raise ValueError(f"{info.filename} is {dtype} {shape} in {left} bytes, not {wanted}")
-        values = np.empty(shape, dtype, "F" if by_columns else "C")
-        place = values.reshape(-1, order="A").view(np.uint8)
-        while len(place) and (data := file.read(min(len(place), PIECE))):
-            place[: len(data)] = np.frombuffer(data, np.uint8)
-            place = place[len(data) :]
-        if len(place) or file.read(1):  # the end, where the archive's checksum is compared
-            raise ValueError(f"{info.filename} is cut short")
-    return name[1], values
+        return name[1], read_array(file, info.filename, info.file_size)
+
+
+def read_array(file: IO[bytes], name: str, size: int) -> Array:
+    """The array in a .npy file of `size` bytes; raises what says that it is none."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"{name} has version {version} of the format; expected 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if len(shape) > MOST_AXES or dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f"{name} is {dtype} {shape}")
+    wanted, left = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if wanted != left:
+        raise ValueError(f"{name} is {dtype} {shape} in {left} bytes, not {wanted}")
+    values = np.empty(shape, dtype, "F" if by_columns else "C")
+    place = values.reshape(-1, order="A").view(np.uint8)
+    while len(place) and (data := file.read(min(len(place), PIECE))):
+        place[: len(data)] = np.frombuffer(data, np.uint8)
+        place = place[len(data) :]
+    if len(place) or file.read(1):  # the end, where an archive's checksum is compared
+        raise ValueError(f"{name} is cut short")
+    if dtype.kind == "U":
+        letters = values.reshape(-1).view(f"{dtype.byteorder}u4")
+        if letters.max(initial=0) > LAST_LETTER:
+            raise ValueError(f"{name} holds what is no text")
+    return values
 
 
 def require(path: Path, arrays: dict[str, Array], key: str, remedy: str) -> Array:

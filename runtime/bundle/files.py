@@ -160,7 +160,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise resource_error(path, error) from None
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            # It is gone if all went well, and else no reason to hide why.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     _sync_folder(path)
 
 

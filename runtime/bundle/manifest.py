@@ -104,6 +104,10 @@ class GraphSpec(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=T
         check_file(self.file)
         if self.ranges.keys() != (names := {n for own in self.inputs for n in own.names}):
             raise ValueError(f"{self.file} has ranges of {[*self.ranges]}, axes {sorted(names)}")
+        if unknown := {n for own in self.outputs for n in own.names} - names:
+            raise ValueError(
+                f"{self.file} gives axes {sorted(unknown)} that none of its inputs has"
+            )
 
     def takes(self, name: str) -> bool:
         """Whether an input has this name."""

@@ -20,6 +20,7 @@ OWN_KEYS = ("bundle", "latent", "metadata")
 WHAT = "decode state"
 MOST_MEMBERS = 64
 LARGEST_STATE = (1 << 32) - 1  # bytes of a state's file
+LONGEST_NAME = 4 * 64  # bytes of a SHA-256 in letters
 LARGEST_METADATA = 4 << 20  # bytes of what made the latents, four to a letter
 REMEDY = "Make it again with: python -m runtime.generate --state"
 
@@ -66,6 +67,7 @@ class DecodeState:
             metadata = msgspec.json.decode(str(text), type=dict[str, Any])
         sized = latent.shape == (2,) and latent.dtype.kind == "i" and latent.min() > 0
         whole = bundle.ndim == 0 and bundle.dtype.kind == "U" and sized
+        whole = whole and bundle.dtype.itemsize <= LONGEST_NAME
         counts = {array.shape[:1] for array in arrays.values()}
         if not whole or len(counts) != 1 or any(a.dtype != np.float32 for a in arrays.values()):
             listed = ", ".join(f"{name} {a.dtype} {a.shape}" for name, a in arrays.items())

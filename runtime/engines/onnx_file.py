@@ -9,7 +9,7 @@ Source of the field numbers: onnx.proto of ONNX 1.23.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from runtime.bundle.manifest import REBUILD, GraphSpec
+from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.errors import ArtefactError
 
 # message -> field number -> the message in that field
@@ -27,8 +27,11 @@ FIELDS = {
 }
 Shapes = Mapping[str, Sequence[int | str | None]]  # the axes of tensors by name
 EXTERNAL_DATA, DATA_LOCATION = 13, 14
+OUTPUT, ATTRIBUTE, NAME, INTEGER = 2, 5, 1, 3  # of a node the first two, of an attribute the others
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-MARKS = (b"location", bytes((DATA_LOCATION << 3 | VARINT, 1)))  # the key of a file, "external"
+SPLIT = b"num_outputs"
+# The key of a file, "external", and what a Split says of itself.
+MARKS = (b"location", bytes((DATA_LOCATION << 3 | VARINT, 1)), SPLIT)
 
 
 def check_self_contained(model: bytes, file: str) -> None:
@@ -39,6 +42,8 @@ def check_self_contained(model: bytes, file: str) -> None:
         while waiting:
             message, data = waiting.pop()
             found.add(message)
+            if message == "node":
+                _check_split(data, file)
             for field, value in _fields(data):
                 if message == "tensor" and field in (EXTERNAL_DATA, DATA_LOCATION) and value:
                     raise ArtefactError(
@@ -85,6 +90,17 @@ def check_interface(spec: GraphSpec, inputs: Shapes, outputs: Shapes) -> None:
             )
 
 
+def check_outputs(spec: GraphSpec, sizes: Mapping[str, int], found: Mapping[str, Array]) -> None:
+    """Raise ArtefactError where a graph gave other shapes than `spec` says at `sizes`."""
+    for tensor in spec.outputs:
+        array = found.get(tensor.name)
+        if array is not None and array.shape != tensor.shape(sizes):
+            raise ArtefactError(
+                f"{spec.file}: gives {tensor.name} {array.shape}; the manifest expects "
+                f"{tensor.shape(sizes)}. It is a graph of another model. {REBUILD}"
+            )
+
+
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """(number, value) of each field: an integer, or the bytes of text, arrays and messages."""
     place = 0
@@ -104,6 +120,23 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise ValueError("a field runs past its end")
         yield key >> 3, data[place : place + size]
         place += size
+
+
+def _check_split(node: memoryview, file: str) -> None:
+    """Raise ArtefactError for a node that says another number of outputs than it has.
+
+    ONNX Runtime 1.32 ends the process over one.
+    """
+    fields = [*_fields(node)]
+    outputs = sum(field == OUTPUT for field, _ in fields)
+    attributes = (dict(_fields(v)) for f, v in fields if f == ATTRIBUTE and not isinstance(v, int))
+    for own in attributes:
+        name, said = own.get(NAME, b""), own.get(INTEGER, 0)
+        if not isinstance(name, int) and name == SPLIT and said != outputs:
+            raise ArtefactError(
+                f"{file}: a node gives {outputs} outputs and says that it gives {said}; expected "
+                f"the same number. {REBUILD}"
+            )
 
 
 def _varint(data: memoryview, place: int) -> tuple[int, int]:

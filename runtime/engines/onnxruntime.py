@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.bundle.manifest import REBUILD, Array, GraphSpec
 from runtime.engines import EngineOptions
 from runtime.engines.bound import BoundSession
-from runtime.engines.onnx_file import check_interface, check_self_contained
+from runtime.engines.onnx_file import check_interface, check_outputs, check_self_contained
 from runtime.errors import ArtefactError, IncompatibleError, NumericalError
 from runtime.memory import is_out_of_memory, memory_error
 from runtime.providers import PROVIDERS, Provider
@@ -85,7 +85,9 @@ class OnnxRuntimeEngine:
             if is_out_of_memory(error):
                 raise memory_error(error, f"{self.spec.file}: ") from None
             raise NumericalError(f"{self.spec.file}: {_first_line(error)}") from None
-        return dict(zip(names, values, strict=True))
+        made = dict(zip(names, values, strict=True))
+        check_outputs(self.spec, sizes, made)
+        return made
 
 
 def _open(spec: GraphSpec, model: bytes, options: EngineOptions, optimised: bool) -> Any:

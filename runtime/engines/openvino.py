@@ -100,6 +100,7 @@ class OpenVinoEngine:
         except Exception as error:  # RuntimeError for everything, from a C++ library
             raise ArtefactError(f"{spec.file}: {_refusal(error)}. {REBUILD}") from None
         check_interface(spec, shapes_of(self.graph.inputs), shapes_of(self.graph.outputs))
+        self._check_shapes()
         self.compiled: dict[tuple[Shape, ...], Any] = {}  # the one used last at the end
         self.broken: str | None = None  # why the graph is not run again
         self._compiling = threading.Lock()
@@ -138,6 +139,30 @@ class OpenVinoEngine:
             raise NumericalError(f"{self.spec.file}: {_reason(error)}") from None
         names = outputs or [tensor.name for tensor in self.spec.outputs]
         return {name: found[name] for name in names}
+
+    def _check_shapes(self) -> None:
+        """Raise ArtefactError where the graph's shapes do not fit together at one legal size.
+
+        OpenVINO compares known sizes alone, and in a run reads past the end of what does not fit.
+        """
+        legal = self.spec.ranges.items()
+        sizes = {
+            axis: own.nearest(own.minimum + 2 * i * own.multiple)
+            for i, (axis, own) in enumerate(legal, 1)
+        }
+        try:
+            graph = self._of_size(tuple(tensor.shape(sizes) for tensor in self.spec.inputs))
+            found = shapes_of(graph.outputs)
+        except Exception as error:
+            raise ArtefactError(f"{self.spec.file}: {_refusal(error)}. {REBUILD}") from None
+        for tensor in self.spec.outputs:
+            sides, wanted = found[tensor.name], tensor.shape(sizes)
+            fits = all(side in (None, own) for side, own in zip(sides, wanted, strict=False))
+            if not fits or len(sides) != len(wanted):
+                raise ArtefactError(
+                    f"{self.spec.file}: gives {tensor.name} {found[tensor.name]}; the manifest "
+                    f"expects {tensor.shape(sizes)}. It is a graph of another model. {REBUILD}"
+                )
 
     def _check_spare(self, sizes: Mapping[str, int], error: Exception) -> None:
         """Raise ArtefactError, now and ever after, where memory cannot have run out at `sizes`.

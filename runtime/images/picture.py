@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.bundle.files import LONGEST_REASON, open_file
+from runtime.bundle.arrays import read_array
+from runtime.bundle.files import LONGEST_REASON, open_file, parsing
 from runtime.bundle.interface import LARGEST, Size
 from runtime.errors import ArtefactError, ToolkitError, UsageError
 from runtime.images.png import Rows, open_rows
@@ -282,14 +283,12 @@ def recoloured(rows: Rows, channels: int) -> Rows:
 
 
 def _mapped(path: Path, data: bytes | None) -> Rows:
-    try:
+    with parsing(path, "array", "Save one of uint8 with numpy.save"):
         array: Rows = (
             np.load(path, mmap_mode="r", allow_pickle=False)
             if data is None
-            else np.load(io.BytesIO(data), allow_pickle=False)
+            else read_array(io.BytesIO(data), path.name, len(data))
         )
-    except (OSError, ValueError, EOFError) as error:
-        raise ArtefactError(f"{path}: cannot be read as an array ({error})") from None
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or not array.size:
         raise ArtefactError(
             f"{path}: {array.dtype} {array.shape}; expected uint8 [height, width, 1 or 3]"

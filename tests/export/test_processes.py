@@ -8,6 +8,7 @@ import time
 import pytest
 
 from export.processes import PROCESSES, in_processes
+from runtime.errors import ResourceError
 
 
 def test_each_item_comes_with_its_result() -> None:
@@ -17,6 +18,12 @@ def test_each_item_comes_with_its_result() -> None:
     count = min(PROCESSES, os.cpu_count() or 1)
     assert busy[0] == [4.0, 9.0, 0.0][:count] and busy[-1] == []
     assert [len(items) for items in busy] == [min(count, left) for left in (3, 2, 1, 0)]
+
+
+def test_a_process_that_is_ended_from_outside_is_an_error_of_ours() -> None:
+    with pytest.raises(ResourceError, match="ended from outside"):
+        list(in_processes(os._exit, [9, 9]))
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_in_one_process_is_raised_and_ends_the_other() -> None:

@@ -157,7 +157,9 @@ class Engine:
         self.lib = library
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(
+            data, options, ["CPUExecutionProvider"], enable_fallback=0
+        )
         values = (*self.session.get_inputs(), *self.session.get_outputs())
         self.names = [value.name for value in values]
         self.fused = "eps" in self.names
@@ -210,7 +212,12 @@ class Library:
 
         def deserialize(data: bytes) -> Engine | None:
             self.opened.append(data)
-            return self.answer("deserialize_cuda_engine", Engine(self, data), None)
+            try:
+                engine = Engine(self, data)
+            except Exception as error:  # the library's classes share no base
+                log.log(self.ILogger.ERROR, str(error))
+                return None
+            return self.answer("deserialize_cuda_engine", engine, None)
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 

@@ -1,5 +1,6 @@
-"""A writer that is killed leaves the old bundle or the new one, and a rerun succeeds."""
+"""A writer that is killed, or whose disk fails, leaves the old bundle or the new one, whole."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from runtime.bundle.commit import HASHED, commit, editing, note
 from runtime.bundle.files import sha256
 from runtime.bundle.folders import staging
 from runtime.bundle.manifest import GraphSpec, Manifest, read_manifest
+from runtime.errors import ResourceError
 from tests.runtime.test_faults import field
 
 NOTE = "choice.fp16.json"
@@ -55,8 +57,15 @@ def edit(folder: Path, text: str) -> None:
         commit(made, folder, scratch, {"fp16": NOTE})
 
 
-def killed(work: Callable[[], None], call: int) -> bool:
-    """Whether a process of its own that does `work` is killed at its `call`-th change of a name."""
+NAMES = ("replace", "rename", "link", "unlink")
+KILLED, SPARED = 9, 8  # SPARED: a call failed, and the work was done all the same
+
+
+def ended(work: Callable[[], None], call: int, fails: bool = False) -> int:
+    """How a process of its own that does `work` ends, killed at its `call`-th change of a name.
+
+    `fails`: the call fails instead, or the flush of a file that it is, as on a disk that is full.
+    """
     child = os.fork()
     if child == 0:
         left = [call]
@@ -64,30 +73,34 @@ def killed(work: Callable[[], None], call: int) -> bool:
         def mortal(own: Callable[..., Any]) -> Callable[..., Any]:
             def do(*args: Any, **options: Any) -> Any:
                 left[0] -= 1
-                if left[0] < 0:
-                    os._exit(9)
+                if left[0] < 0 and not fails:
+                    os._exit(KILLED)
+                if left[0] == -1:
+                    raise OSError(errno.ENOSPC, "No space left on device")
                 return own(*args, **options)
 
             return do
 
-        for name in ("replace", "rename", "link", "unlink"):
+        for name in (*NAMES, "fsync") if fails else NAMES:
             setattr(os, name, mortal(getattr(os, name)))
         try:
             work()
+        except ResourceError as error:
+            os._exit(error.exit_code)
         except BaseException:
             os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return code == 9
+        os._exit(0 if left[0] >= 0 else SPARED)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @FORKS
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("work", [export, edit])
-def test_a_bundle_is_old_or_new_whenever_its_writer_is_killed(
-    work: Callable[[Path, str], None], tiny_bundle: Path, tmp_path: Path
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_bundle_is_old_or_new_whenever_its_writer_is_ended(
+    work: Callable[[Path, str], None], fails: bool, tiny_bundle: Path, tmp_path: Path
 ) -> None:
+    """At each call in turn; a rerun succeeds."""
     first = tmp_path / "first"
     shutil.copytree(tiny_bundle, first)
     work(first, "old")  # so that every name is taken
@@ -96,15 +109,17 @@ def test_a_bundle_is_old_or_new_whenever_its_writer_is_killed(
     while True:
         folder = tmp_path / str(call)
         shutil.copytree(first, folder)
-        dead = killed(partial(work, folder, "new"), call)
+        code = ended(partial(work, folder, "new"), call, fails)
+        assert code in ((0, SPARED, ResourceError.exit_code) if fails else (0, KILLED))
         manifest = read_manifest(folder)
         for _, spec in manifest.forms():
             manifest.file_bytes(spec)  # compared with its hash
         found.append(manifest.versions["text"])
         if work is edit:
             assert note(manifest, NOTE, "fp16").read_text() == found[-1]
-        if not dead:
+        if code == 0:
             break
+        assert code != SPARED or found[-1] == "new"
         work(folder, "rerun")
         assert read_manifest(folder).versions["text"] == "rerun"
         assert {path.name for path in folder.iterdir()} == usual

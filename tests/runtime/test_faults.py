@@ -21,6 +21,7 @@ from PIL import Image
 
 from runtime import open_bundle
 from runtime.bundle.files import sha256
+from runtime.bundle.interface import Range
 from runtime.bundle.manifest import GraphSpec, TensorSpec, read_manifest
 from runtime.engines import EngineOptions
 from runtime.engines.onnx_file import check_self_contained
@@ -133,6 +134,37 @@ def test_damaged_bytes_end_in_an_artefact_error_or_none(noise: bytes, place: int
             check_self_contained(data, "a")
         except ArtefactError as error:
             assert str(error).startswith("a: ")
+
+
+@pytest.mark.parametrize("said", [0, 1, 3])
+def test_a_split_that_says_another_number_of_outputs_is_refused(said: int) -> None:
+    """ONNX Runtime would end the process over it, in a branch of an If as anywhere."""
+
+    def split(count: int) -> bytes:
+        number = field(5, field(1, "num_outputs") + field(3, count))
+        return field(1, field(1, "x") + field(2, "a") + field(2, "b") + field(4, "Split") + number)
+
+    for inside in (lambda node: node, lambda node: field(1, field(5, field(6, node)))):
+        whole = field(5, tensor(None))
+        check_self_contained(model(whole + inside(split(2))), "a")
+        with pytest.raises(ArtefactError, match=f"gives 2 outputs and says that it gives {said}"):
+            check_self_contained(model(whole + inside(split(said))), "a")
+
+
+def test_a_graph_that_gives_another_shape_is_refused() -> None:
+    data = model(field(5, tensor(None)))
+    wrong = GraphSpec(
+        "sum.onnx",
+        sha256(data),
+        "fp32",
+        "size",
+        (TensorSpec("x", "float32", ("width",)),),
+        (TensorSpec("y", "float32", ("width/2",)),),
+        {"width": Range(4, 4)},
+    )
+    with pytest.raises(ArtefactError, match=r"gives y \(4,\); the manifest expects \(2,\)"):
+        engine = OnnxRuntimeEngine(wrong, data, EngineOptions(threads=1))
+        engine.run({"x": np.ones(4, np.float32)})
 
 
 def test_a_file_cut_anywhere_is_no_graph() -> None:

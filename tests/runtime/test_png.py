@@ -194,7 +194,7 @@ def test_a_mapped_array_is_an_image(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="expected uint8"):
         ImageFile(tmp_path / "a.npy", 1)
     (tmp_path / "a.npy").write_bytes(b"nothing")
-    with pytest.raises(ArtefactError, match="cannot be read as an array"):
+    with pytest.raises(ArtefactError, match="no array"):
         ImageFile(tmp_path / "a.npy", 1)
 
 

@@ -51,9 +51,9 @@ class Server:
 
 
 @contextmanager
-def running(*args: object, **headers: str) -> Iterator[Server]:
+def running(*args: object, module: str = "serving", **headers: str) -> Iterator[Server]:
     """A server with options, stopped at the end."""
-    line = [sys.executable, "-m", "serving", *map(str, args), "--port", "0", "--threads", "1"]
+    line = [sys.executable, "-m", module, *map(str, args), "--port", "0", "--threads", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(line, cwd=ROOT, env=environment, **options) as process:
