@@ -41,8 +41,7 @@ def in_processes(
                 busy([*left.values()][:count])
                 yield item, result
         except BaseException:
-            for job in jobs:
-                job.cancel()
+            # The pool gives up what waits by itself; a job cancelled here would trip it.
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
