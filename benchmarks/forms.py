@@ -241,8 +241,8 @@ def paired(step: GraphSource, module: nn.Module, inputs: tuple[TensorSpec, ...])
 
 
 @torch.inference_mode()
-def every_input(models: Any, size: Size) -> Iterator[tuple[str, Tensor]]:
-    """By name, all that any form takes at a size."""
+def every_input(models: Any, size: Size, branches: int = 2) -> Iterator[tuple[str, Tensor]]:
+    """By name, all that any form takes at a size: the null condition and a label's, or this."""
     interface = family_of(models).interface(models, ())
     condition = torch.zeros(2, len(interface.labels))
     if interface.labels:
@@ -252,7 +252,7 @@ def every_input(models: Any, size: Size) -> Iterator[tuple[str, Tensor]]:
         "coordinates": torch.from_numpy(grid(*size)),
         "alpha_bar": torch.tensor([ALPHA_BAR]),
         "log_snr": torch.tensor([ALPHA_BAR / (1 - ALPHA_BAR)]).log(),
-        "condition": condition,
+        "condition": condition[-branches if interface.labels else -1 :],
     }
     for source in step_sources(models)[:-1]:
         made = source.module(*(known[spec.name] for spec in source.inputs))
