@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.contenders import ALPHA_BAR, LABEL, Size, random_latent
 from export.chunk import chunk_ffn
 from export.chunk_attention import chunk_attention
+from export.chunk_axial import chunk_axial
 from export.families import family_of
 from export.families.hdit.attention import MASKED, Axis, Tiling
 from export.families.parts import axial
@@ -31,7 +32,11 @@ from runtime.coordinates import grid
 
 WHOLE = "the step graph"
 SHARED = "what no condition changes once for all"
-CHUNKS = {"FFNs in chunks": chunk_ffn, "attention in parts": chunk_attention}
+CHUNKS = {
+    "axial blocks in parts": chunk_axial,
+    "FFNs in chunks": chunk_ffn,
+    "attention in parts": chunk_attention,
+}
 ONE_PAIR = {"batch": 1, "conditions": 2, "steps": 1}
 
 

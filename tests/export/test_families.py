@@ -15,6 +15,7 @@ from calibration import half
 from calibration.samples import Samples
 from export import verify
 from export.chunk_attention import chunk_attention
+from export.chunk_axial import chunk_axial
 from export.families import family_of
 from export.families.hdit import attention
 from export.picture_graph import picture_graph, table_rows
@@ -228,6 +229,30 @@ def test_attention_in_parts_is_exact(bundle: Path) -> None:
         chunked = chunk_attention(model, most)
         assert chunked is not None
         assert any(node.op_type == "Attention" for node in chunked.graph.node)
+        found = onnxruntime.InferenceSession(chunked.SerializeToString()).run(None, feed)[0]
+        assert relative_error(found, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("pixel_bundle", ["siid", "s2id"], indirect=True)
+def test_axial_blocks_in_parts_are_exact(pixel_bundle: Path) -> None:
+    """However few lines are taken at once; S2ID's hold no scores and no norm of all tokens."""
+    manifest = read_manifest(pixel_bundle)
+    spec = manifest.graph(manifest.step_graph)
+    model = onnx.load_from_string(manifest.file_bytes(spec))
+    if pixel_bundle.name == "siid":  # its attention has masks, of fewer and wider tokens
+        assert chunk_axial(model) is None
+        return
+    blocks = 3
+    sizes = {"batch": 2, "conditions": 3, "height": 6, "width": 9}
+    random = np.random.default_rng(0)
+    feed = {t.name: random.random(t.shape(sizes), np.float32) for t in spec.inputs}
+    wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
+    for most in (1, 200, 1 << 21):
+        chunked = chunk_axial(model, most)
+        assert chunked is not None
+        kinds = [node.op_type for node in chunked.graph.node]
+        assert kinds.count("Columns") == kinds.count("Rows") == kinds.count("Finish") == blocks
+        assert "Sigmoid" not in kinds and kinds.count("Spread") == 2 * blocks + 2
         found = onnxruntime.InferenceSession(chunked.SerializeToString()).run(None, feed)[0]
         assert relative_error(found, wanted) <= 1e-6
 

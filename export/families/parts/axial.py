@@ -31,9 +31,10 @@ NORM_EPSILON = 1e-5
 
 
 class Position(nn.Module):
-    """`NAME_position`: coordinates `[H, W, 4]` -> position `[h, w, d]`, x `[w]` and y `[h]`.
+    """`NAME_position`: coordinates `[H, W, 4]` -> shares of rows `[h, d]` and columns `[w, d]`.
 
-    x and y, where there are masks, are the tokens' places in the square system.
+    A token's position is their sum, which at 1024×1024 pixels is half a gigabyte. Where there are
+    masks also the tokens' places in the square system, x `[w]` and y `[h]`.
     """
 
     frequencies: Tensor
@@ -76,8 +77,8 @@ class Position(nn.Module):
         along_y = (wave_y @ self.along_y * scale).sum(0)  # [h, d]
         along_x = (wave_x @ self.along_x * scale).sum(0)
         constant = self.bias - (self.total * (mean.unsqueeze(1) * scale.squeeze(2))).sum(0)
-        position = along_y.unsqueeze(1) + along_x.unsqueeze(0) + constant
-        return (position, columns[:, 0], rows[:, 0]) if self.masked else (position,)
+        shares = along_y + constant, along_x
+        return (*shares, columns[:, 0], rows[:, 0]) if self.masked else shares
 
 
 def is_masked(model: AxialDenoiser) -> bool:
@@ -284,9 +285,9 @@ class StepBlock(nn.Module):
 class Denoise(nn.Module):
     """`NAME`: one step's eps under every condition.
 
-    latent `[B, C, H, W]`, position `[h, w, d]`, film `[F]` and what the prompt's graph gives, its
-    axes beginning with `[K, B]` -> eps `[K, B, C, H, W]`. Encoder blocks and the first decoder
-    block's self-attention run once for all conditions.
+    latent `[B, C, H, W]`, positions of rows `[h, d]` and columns `[w, d]`, film `[F]` and what the
+    prompt's graph gives, its axes beginning with `[K, B]` -> eps `[K, B, C, H, W]`. Encoder blocks
+    and the first decoder block's self-attention run once for all conditions.
     """
 
     def __init__(self, model: AxialDenoiser, tokens: int):
@@ -300,21 +301,29 @@ class Denoise(nn.Module):
     def forward(
         self,
         latent: Tensor,
-        position: Tensor,
+        rows: Tensor,
+        columns: Tensor,
         film: Tensor,
         text: Tensor,
         bias: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        return self.run(latent, position, (None, None), film, text, bias, values)
+        return self.run(latent, (rows, columns), (None, None), film, text, bias, values)
 
     def run(
-        self, latent: Tensor, position: Tensor, at: Places, film: Tensor, *given: Tensor | None
+        self,
+        latent: Tensor,
+        position: tuple[Tensor, Tensor],
+        at: Places,
+        film: Tensor,
+        *given: Tensor | None,
     ) -> Tensor:
         """As `forward`; `at` as in `StepBlock`."""
         text = [part for part in given if part is not None]
-        size = position.shape[0], position.shape[1]
-        tokens = self.project.values(self.folded(latent)) + position.flatten(0, 1)
+        rows, columns = position
+        size = rows.shape[0], columns.shape[0]
+        where = (rows.unsqueeze(1) + columns.unsqueeze(0)).flatten(0, 1)
+        tokens = self.project.values(self.folded(latent)) + where
         vectors = film.split(self.width)
         sites = iter([vectors[i : i + 2] for i in range(0, len(vectors), 2)])
         for block in self.encoder:
@@ -358,7 +367,8 @@ class MaskedDenoise(Denoise):
     def forward(  # type: ignore[override]
         self,
         latent: Tensor,
-        position: Tensor,
+        rows: Tensor,
+        columns: Tensor,
         x: Tensor,
         y: Tensor,
         film: Tensor,
@@ -366,4 +376,4 @@ class MaskedDenoise(Denoise):
         bias: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        return self.run(latent, position, (x, y), film, text, bias, values)
+        return self.run(latent, (rows, columns), (x, y), film, text, bias, values)
