@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import build, random_latent
+from benchmarks.contenders import random_latent
 from export.families.r2.bundle import ARRAYS_PER_PIXEL
 from runtime import cli, open_bundle
 from runtime.bundle.interface import size_name
@@ -61,13 +61,20 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
     return result, seconds, peak_resident()
 
 
-def export_published(folder: Path, config: str = "published") -> None:
-    """The graphs of a configuration of R2 with random weights, as a bundle."""
+def published() -> Any:
+    """The published configuration with random weights, the same in every process."""
+    from reference.train import build_models, read_config
+
+    return build_models(read_config("published"), "published").eval().requires_grad_(False)
+
+
+def export_published(folder: Path, make: Callable[[], Any] = published) -> None:
+    """The graphs of the published width, or of models of R2 that `make` makes, as a bundle."""
     from export.families.r2 import bundle as r2
     from export.graph_files import for_cpu, spec_of
     from export.to_onnx import onnx_from_source
 
-    models = build(config)
+    models = make()
     graphs: dict[str, GraphSpec] = {}
     own: dict[str, GraphSpec] = {}
     interface = r2.interface(models, ())
@@ -90,7 +97,7 @@ def torch_decode(latent: Size, size: Size, threads: int) -> np.ndarray:
     import torch
 
     torch.set_num_threads(threads)
-    models = build("published")
+    models = published()
     with torch.inference_mode():
         values = torch.from_numpy(random_latent(models.config.r2ir.latent_channels, latent))
         return models.r2ir.decode(values, size).numpy()

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def exported(folder: Path, config: str) -> Iterator[Found]:
     from benchmarks.decode import export_published
 
     start = time.perf_counter()
-    export_published(folder, config)
+    export_published(folder, partial(build, config))
     seconds = time.perf_counter() - start
     sizes = [path.stat().st_size for path in folder.glob("*.onnx")]
     note = f"{sum(sizes) / 1e9:.2f} GB in all, the largest graph {max(sizes) / 1e9:.2f} GB"
@@ -69,8 +70,8 @@ def reference_runs(models: Any, sizes: list[Size], path: Path) -> Iterator[Found
         latent = torch.from_numpy(random_latent(config.r2ir.latent_channels, size))
         height, width = (side * config.pixels_per_latent for side in size)
         runs = {
-            "step": lambda x=latent: denoise(x, 0),
-            "decode": lambda x=latent, s=(height, width): models.r2ir.decode(x, s),
+            "step": partial(denoise, latent, 0),
+            "decode": partial(models.r2ir.decode, latent, (height, width)),
         }
         for what, run in runs.items():
             name, start = f"{what} {size_name(size)}", time.perf_counter()
@@ -88,8 +89,8 @@ def on_engine(folder: Path, provider: str, sizes: list[Size], threads: int, path
     for size in sizes:
         latent = random_latent(bundle.interface.latent_channels, size)
         runs = {
-            "step": lambda x=latent: bundle.denoise(x, ALPHA_BAR, own),
-            "decode": lambda x=latent, s=size: bundle.decode(x, image(s)),
+            "step": partial(bundle.denoise, latent, ALPHA_BAR, own),
+            "decode": partial(bundle.decode, latent, image(size)),
         }
         for what, run in runs.items():
             run()

@@ -10,6 +10,7 @@ the columns have read, and the attention's result, or these two and the block's 
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx
 from onnx import NodeProto, helper, numpy_helper, parser
@@ -138,6 +139,7 @@ ROWS = (
     + PARTS
     + """
     axis = Constant <value_ints = [2]> ()
+    flat = Shape (x)
     made = Scan <num_scan_inputs = 1, body = part (int64 at) => (float[?, ?, ?, ?] after) {
             low = Unsqueeze (at, zeros)
             high = Add (low, taken_list)
@@ -155,7 +157,6 @@ ROWS = (
             after = Add (own, both)
         }> (starts)
     by_image = Transpose <perm = [1, 0, 2, 3, 4]> (made)
-    flat = Shape (x)
     w = Reshape (by_image, flat)
 }
 """
@@ -183,6 +184,7 @@ FINISH = (
     taken = Div (count, parts)
     starts = Range (first, count, taken)
     taken_list = Unsqueeze (taken, zeros)
+    flat = Shape (x)
     made = Scan <num_scan_inputs = 1, body = part (int64 at) => (float[?, ?, ?] after) {{
             low = Unsqueeze (at, zeros)
             high = Add (low, taken_list)
@@ -202,7 +204,6 @@ FINISH = (
             after = Add (before, scaled_both)
         }}> (starts)
     by_image = Transpose <perm = [1, 0, 2, 3]> (made)
-    flat = Shape (x)
     out = Reshape (by_image, flat)
 }}
 """
@@ -258,7 +259,7 @@ class Finder:
         far = self.made(scaled.input[0], "Sub") if scaled else None
         if shifted is None or scaled is None or far is None:
             return None
-        return Normed(*far.input, scaled.input[1], shifted.input[1])
+        return Normed(far.input[0], far.input[1], scaled.input[1], shifted.input[1])
 
     def biased(self, node: NodeProto | None) -> tuple[str, str, str] | None:
         """Of x @ weight + bias the names of x, weight and bias."""
@@ -300,6 +301,10 @@ def chunk_axial(model: onnx.ModelProto, most_scores: int = MOST_SCORES) -> onnx.
         nodes += calls or [node]
     del graph.node[:]
     graph.node.extend(used(nodes, {value.name for value in graph.output}))
+    read = {name for node in graph.node for name in node.input}
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
     chunked.functions.extend(parser.parse_function(text) for text in FUNCTIONS)
     chunked.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     onnx.checker.check_model(chunked)
@@ -323,7 +328,7 @@ def attention_calls(finder: Finder, node: NodeProto, most_scores: int) -> list[N
         return None
     out, given = node.output[0], [norm.x, norm.mean, norm.gain, norm.shift, grid.input[1]]
     stacked, heads = f"{out}_columns", rows[2]
-    settings = {"heads": heads, "most": most_scores, "apart": [0, 0, 0, heads, -1]}
+    settings: dict[str, Any] = {"heads": heads, "most": most_scores, "apart": [0, 0, 0, heads, -1]}
 
     def call(kind: str, inputs: list[str], made: str) -> NodeProto:
         return helper.make_node(kind, inputs, [made], domain=DOMAIN, **settings)

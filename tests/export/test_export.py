@@ -174,8 +174,9 @@ def test_an_export_into_a_file_is_refused(
 
 def test_more_weights_than_a_file_holds_are_refused() -> None:
     module = torch.nn.Linear(1 << 15, 1 << 14, device="meta")
-    specs = ({"x": ("batch", 1 << 15)}, {"y": ("batch", 1 << 14)})
-    source = to_onnx.graph_source("wide", "step", module, *specs)
+    source = to_onnx.graph_source(
+        "wide", "step", module, {"x": ("batch", 1 << 15)}, {"y": ("batch", 1 << 14)}
+    )
     with pytest.raises(ArtefactError, match=r"wide: has weights of 2.15 GB; expected at most 2.15"):
         to_onnx.onnx_from_source(source)
 

@@ -196,10 +196,15 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor, film: Sequence[Tensor]) -> Tensor:
         """x `[B, N, d]`, gain and shift `[d]` each -> `[B, N, d]`."""
-        gain, shift = film
-        x = x - token_mean(x) @ self.groups
-        variance = token_mean(x * x) @ self.groups
-        return x * ((variance + NORM_EPSILON).rsqrt() * gain) + shift
+        mean, scale = self.parts(x, film[0])
+        return (x - mean) * scale + film[1]
+
+    def parts(self, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        """x `[B, N, d]` -> means, and what scales the difference from them, `[B, 1, d]` each."""
+        mean = token_mean(x) @ self.groups
+        far = x - mean
+        variance = token_mean(far * far) @ self.groups
+        return mean, (variance + NORM_EPSILON).rsqrt() * gain
 
 
 class Lines(nn.Module):
@@ -273,7 +278,10 @@ class StepBlock(nn.Module):
         self, w: Tensor, film: Sequence[Tensor], k: Tensor, bias: Tensor, v: Tensor
     ) -> Tensor:
         """w `[B', N, d]`, k `[.., B', d, A·T]`, bias `[.., B', A·T]`, v `[.., B', A·T, d]`."""
-        scores = self.cross_norm(w, film) @ k + bias.unsqueeze(-2)
+        # The norm acts on the few keys, not on all tokens.
+        mean, scale = self.cross_norm.parts(w, film[0])
+        constant = (film[1] - mean * scale) @ k + bias.unsqueeze(-2)
+        scores = w @ (scale.transpose(1, 2) * k) + constant
         shares = scores.unflatten(-1, (-1, self.tokens)).softmax(-1).flatten(-2)
         return w + shares @ v
 
@@ -340,7 +348,7 @@ class Denoise(nn.Module):
                 else block.read_text(w, next(sites), *own)
             )
             if not index:  # every condition starts from the same tokens
-                tokens = (tokens + torch.zeros_like(w)).flatten(0, 1)
+                tokens = (tokens + torch.zeros_like(w[:, :, :1, :1])).flatten(0, 1)
                 w = w.flatten(0, 1)
             tokens = block.finish(tokens, w, next(sites))
         eps = self.out(tokens).unflatten(1, size)
