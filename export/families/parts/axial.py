@@ -348,7 +348,7 @@ class Denoise(nn.Module):
                 else block.read_text(w, next(sites), *own)
             )
             if not index:  # every condition starts from the same tokens
-                tokens = (tokens + torch.zeros_like(w[:, :, :1, :1])).flatten(0, 1)
+                tokens = (tokens + w.new_zeros((w.shape[0], w.shape[1], 1, 1))).flatten(0, 1)
                 w = w.flatten(0, 1)
             tokens = block.finish(tokens, w, next(sites))
         eps = self.out(tokens).unflatten(1, size)
