@@ -332,6 +332,11 @@ def count_flops(module: Any, inputs: "dict[str, Tensor]") -> int:
     return int(counter.get_total_flops())
 
 
+def random_latent(channels: int, size: Size) -> np.ndarray:
+    """A latent `[1, C, H, W]` in [-1, 1]."""
+    return np.tanh(np.random.default_rng(0).standard_normal((1, channels, *size), np.float32))
+
+
 def plain_inputs(models: "R2Models", size: Size) -> "dict[str, Tensor]":
     """What the published model takes in every step."""
     import torch

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.contenders import random_latent
 from export.families.r2.bundle import ARRAYS_PER_PIXEL
 from runtime import cli, open_bundle
 from runtime.bundle.interface import size_name
@@ -60,13 +61,20 @@ def _measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
     return result, seconds, peak_resident()
 
 
-def export_published(folder: Path) -> None:
-    """The graphs of the published width, with random weights, as a bundle."""
+def published() -> Any:
+    """The published configuration with random weights, the same in every process."""
+    from reference.train import build_models, read_config
+
+    return build_models(read_config("published"), "published").eval().requires_grad_(False)
+
+
+def export_published(folder: Path, make: Callable[[], Any] = published) -> None:
+    """The graphs of the published width, or of models of R2 that `make` makes, as a bundle."""
     from export.families.r2 import bundle as r2
     from export.graph_files import for_cpu, spec_of
     from export.to_onnx import onnx_from_source
 
-    models = published()
+    models = make()
     graphs: dict[str, GraphSpec] = {}
     own: dict[str, GraphSpec] = {}
     interface = r2.interface(models, ())
@@ -82,18 +90,6 @@ def export_published(folder: Path) -> None:
                 forms[source.name] = spec_of(source, data, f"{name}.onnx", interface)
     schedule = r2.schedule(models)
     Manifest(interface, schedule, None, {}, None, graphs, for_cpu=own).write(folder)
-
-
-def published() -> Any:
-    """The published configuration with random weights, the same in every process."""
-    from reference.train import build_models, read_config
-
-    return build_models(read_config("published"), "published").eval().requires_grad_(False)
-
-
-def random_latent(channels: int, size: Size) -> np.ndarray:
-    """A latent `[1, C, H, W]` in [-1, 1]."""
-    return np.tanh(np.random.default_rng(0).standard_normal((1, channels, *size), np.float32))
 
 
 def torch_decode(latent: Size, size: Size, threads: int) -> np.ndarray:

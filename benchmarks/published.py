@@ -5,10 +5,14 @@ whose products are einsums over split heads. Weights are those of our reference 
 outputs agree.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.contenders import ALPHA_BAR
 from reference.families.parts.layers import (
     ATTENTION_EPSILON,
     GRN_EPSILON,
@@ -97,3 +101,20 @@ class PublishedR2ID(nn.Module):
                 y = run_block(block, y, film, text)
             branches.append(conv(y, r2id.eps_out))
         return torch.cat(branches)
+
+
+class ReferenceStep(nn.Module):
+    """The reference of a family that diffuses pixels: latent, labels `[K, B, labels]` -> eps."""
+
+    def __init__(self, models: Any):
+        super().__init__()
+        self.models = models
+
+    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
+        eps: Tensor = self.models.denoiser(labels, np.array([ALPHA_BAR]))(latent, 0)
+        return eps
+
+
+def step_of(models: Any) -> nn.Module:
+    """A step as its paper writes it."""
+    return PublishedR2ID(models) if isinstance(models, R2Models) else ReferenceStep(models)

@@ -147,7 +147,7 @@ def open_torch(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepared.folder / "inductor"))
     import torch
 
-    from benchmarks.published import PublishedR2ID
+    from benchmarks.published import step_of
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
@@ -157,7 +157,7 @@ def open_torch(
     on_processor = device == "cpu"
     before = resident() if on_processor else free_memory()
     models = build(prepared.config)
-    module: Callable[..., Tensor] = PublishedR2ID(models).to(device)
+    module: Callable[..., Tensor] = step_of(models).to(device)
     if contender.graph == "gemm":
         ffn = models.r2id.encoder[0].ffn
         up, down = (linear.weight.T.contiguous() for linear in (ffn.up, ffn.down))

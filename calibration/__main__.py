@@ -24,6 +24,7 @@ from calibration.samples import (
     Settings,
     calibration_set,
     coverage,
+    default_sizes,
     fingerprint,
     heavy,
     load,
@@ -47,9 +48,8 @@ def calibrate(args: argparse.Namespace) -> None:
                 "Leave --precision out"
             )
         precisions = [given.precision]
-    settings = Settings(
-        tuple(args.sizes), args.guidance, args.steps, args.every, args.pictures, args.seed
-    )
+    sizes = tuple(args.sizes or default_sizes(manifest.interface))
+    settings = Settings(sizes, args.guidance, args.steps, args.every, args.pictures, args.seed)
     with editing(manifest.folder) as (manifest, scratch):
         if args.samples:
             samples = load(args.samples, manifest)
@@ -136,7 +136,7 @@ def scales(text: str) -> tuple[float, ...]:
 
 def main() -> None:
     """The command line."""
-    default = Settings()
+    default = Settings(())
     p = cli.parser(
         "calibration", "8-bit forms of a bundle's graphs, their layers chosen by measured error"
     )
@@ -147,8 +147,8 @@ def main() -> None:
     add("--percentile", type=cli.number(90, 100), help="of tokens; 100 is MinMax (the best of 5)")
     add("--choice", type=Path, help="a choice file to replay instead of measuring layers")
     add("--samples", type=Path, help="calibration data to use instead of drawing them")
-    add("--data", type=Path, help="MNIST's IDX files, whose pictures go through R2IR")
-    add("--sizes", type=cli.sizes, default=default.sizes, help="latent sizes of the samples")
+    add("--data", type=Path, help="MNIST's IDX files, whose pictures go through a resampler")
+    add("--sizes", type=cli.sizes, help="latent sizes of the samples (around the default one)")
     add("--guidance", type=scales, default=default.guidance_scales, help="their guidance scales")
     add("--steps", type=cli.number(1, 1000, int), default=default.steps, help="DDIM steps (50)")
     add("--every", type=cli.number(1, 1000, int), default=default.every, help="n-th one kept (5)")

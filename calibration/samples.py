@@ -5,7 +5,7 @@ well the checkpoint draws, and the step graph sees them on their way from noise,
 alpha_bar.
 
 For quantisation `calibration_set` records whole DDIM trajectories, at several sizes and guidance
-scales, and the resampler on its way there and back; they are kept in a file that knows its bundle.
+scales, and a resampler on its way there and back; they are kept in a file that knows its bundle.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from msgspec import Struct
 from calibration.recorder import Recorder
 from runtime.bundle.arrays import read_arrays, require
 from runtime.bundle.files import parsing
-from runtime.bundle.interface import Size, size_name
+from runtime.bundle.interface import Interface, Size, size_name
 from runtime.bundle.manifest import Array, Manifest
 from runtime.coordinates import grid
 from runtime.engines.onnxruntime import load_library
@@ -38,6 +38,8 @@ from runtime.sampling.request import Request
 from runtime.sampling.schedule import log_snr, read
 
 PICTURES = 3
+# Of the default latent's height and width; the largest last.
+SCALES = ((0.5, 0.5), (1, 1), (2, 2), (1.125, 2), (2, 0.75), (4, 4))
 DRAWING_STEPS = 20
 # Step k of these is where the k-th sample (modulo their count) of the step graph is taken:
 # alpha_bar 1e-6, 0.14, 0.49, 0.85 and 1.
@@ -80,31 +82,36 @@ def heavy(manifest: Manifest) -> list[str]:
     """
     if not manifest.interface.decoupled:
         return [manifest.step_graph]
-    roles = roles_of(manifest)
+    roles = Roles.of(manifest)
     names = (roles.read_image, roles.encode, roles.read_latent, roles.decode, roles.render)
     return [manifest.step_graph, *names]
 
 
-def roles_of(manifest: Manifest) -> Roles:
-    """The resampler's graphs; raises UsageError for a bundle without one."""
-    if not manifest.interface.decoupled:
-        raise UsageError(
-            f"{manifest.folder}: {manifest.interface.why_coupled}; 8-bit forms are made of bundles "
-            "that have one. Make fp16 or bf16 with: python -m calibration.half"
-        )
-    return Roles.of(manifest)
+def default_sizes(interface: Interface) -> tuple[Size, ...]:
+    """Latent sizes around the default one: half of it, twice and, of a coded latent, four times.
+
+    Four times the pixels a side, where these are diffused, would take hours.
+    """
+    scales = SCALES if interface.decoupled else SCALES[:-1]
+    sides, (height, width) = interface.latent_sides, interface.default_latent
+    each = (
+        (sides.nearest(round(height * tall)), sides.nearest(round(width * wide)))
+        for tall, wide in scales
+    )
+    return tuple(dict.fromkeys(each))
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a calibration set is drawn with; `pictures` images go into each run.
 
-    A guidance scale of 0 runs the null condition alone, 1 the condition alone, others both. Of each
-    trajectory every `every`-th step is kept, from another first one each time, so that together
-    they hold every t. The steps that 8-bit precisions leave to fp32 are no samples.
+    `sizes` are those of latents. A guidance scale of 0 runs the null condition alone, 1 the
+    condition alone, others both. Of each trajectory every `every`-th step is kept, from another
+    first one each time, so that together they hold every t. The steps that 8-bit precisions leave
+    to fp32 are no samples.
     """
 
-    sizes: tuple[Size, ...] = ((4, 4), (8, 8), (16, 16), (9, 16), (16, 6), (32, 32))
+    sizes: tuple[Size, ...]
     guidance_scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0)
     steps: int = 50
     every: int = 5
@@ -153,7 +160,7 @@ class Samples:
             coded = self.bundle.interface.decoupled
             resized = self.bundle.encode if coded else self.bundle.resampler.enlarge
             return self._step(resized(pictures, size), sizes.get("conditions", 1), size, number)
-        roles, at = roles_of(self.bundle.manifest), {"coordinates": grid(*size)}
+        roles, at = Roles.of(self.bundle.manifest), {"coordinates": grid(*size)}
         if graph == roles.read_image:
             return {"pixels": self.bundle.decode(latents, size), **at}
         if graph == roles.encode:
@@ -196,9 +203,15 @@ def calibration_set(
 
     `data` is a folder of MNIST's IDX files whose pictures go through the resampler; without it
     these are pictures that the bundle draws. Written through `scratch`, a folder on the same disk.
-    Raises UsageError for a bundle without a resampler.
+    Raises UsageError for an illegal size, and for `data` where there is no resampler.
     """
-    roles_of(manifest)  # a bundle without a resampler is refused before any work
+    for size in settings.sizes:
+        manifest.interface.latent_sides.check(size, "sizes")
+    if data is not None and not manifest.interface.decoupled:
+        raise UsageError(
+            f"--data {data}: no picture goes through this bundle's graphs, since "
+            f"{manifest.interface.why_coupled}. Leave --data out"
+        )
     pictures = read_pictures(data, settings) if data else None
     given = hashlib.sha256(b"" if pictures is None else pictures.tobytes()).hexdigest()
     key = {
@@ -240,15 +253,17 @@ def drawn(manifest: Manifest, settings: Settings, pictures: Array | None) -> Ite
     recorder = Recorder(manifest)
     bundle = Bundle(manifest, engines=recorder)
     count, labels = settings.pictures, Labels(bundle.interface.labels, bundle.interface.parts)
-    if pictures is None or pictures.shape[1] != manifest.interface.color_channels:
+    coded = bundle.interface.decoupled
+    if coded and (pictures is None or pictures.shape[1] != bundle.interface.color_channels):
         own: list[Label] = [labels.turn(i) for i in range(count)]
         pictures = bundle.generate(own, steps=DRAWING_STEPS, seed=settings.seed).images
-    runs = len(settings.sizes) * (1 + len(settings.guidance_scales))
+    runs = len(settings.sizes) * (coded + len(settings.guidance_scales))
     with Bar(total=runs, desc="samples", unit="run") as bar:
         for number, size in enumerate(settings.sizes):
             bar.set_postfix_str(size_name(size))
-            yield from through_resampler(bundle, pictures, size)
-            bar.update()
+            if coded and pictures is not None:
+                yield from through_resampler(bundle, pictures, size)
+                bar.update()
             for turn, scale in enumerate(settings.guidance_scales):
                 turn += number * len(settings.guidance_scales)
                 own = [labels.turn(turn * count + i) for i in range(count)]
@@ -262,7 +277,7 @@ def through_resampler(bundle: Bundle, pictures: Array, size: Size) -> list[Sampl
     The graphs run on whole images, which a bundle may draw in tiles.
     """
     found: list[Sample] = []
-    roles = roles_of(bundle.manifest)
+    roles = Roles.of(bundle.manifest)
 
     def run(graph: str, at: Size, inputs: Arrays) -> Arrays:
         found.append(Sample(graph, at, {**inputs, "coordinates": grid(*at)}))

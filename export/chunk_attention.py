@@ -100,7 +100,8 @@ def chunk_attention(
     del graph.node[:]
     graph.node.extend(made)
     chunked.functions.append(parser.parse_function(FUNCTION))
-    chunked.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    if all(entry.domain != DOMAIN for entry in chunked.opset_import):
+        chunked.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     onnx.checker.check_model(chunked)
     return chunked
 

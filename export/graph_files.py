@@ -10,12 +10,14 @@ from msgspec.structs import replace
 
 from export.chunk import chunk_ffn
 from export.chunk_attention import chunk_attention
+from export.chunk_axial import chunk_axial
 from export.to_onnx import GraphSource, onnx_from_source
 from export.verify import parity
 from runtime.bundle.files import sha256
 from runtime.bundle.interface import Interface, Range
 from runtime.bundle.manifest import GraphSpec
 
+CHUNKS = (chunk_axial, chunk_ffn, chunk_attention)  # each leaves the rest to the next
 LARGEST = {"batch": 4096, "conditions": 64, "steps": 10_001}
 
 
@@ -33,8 +35,9 @@ def make_graph(
 
 def for_cpu(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """A graph's form for ONNX Runtime on a CPU; None where it has nothing to run in chunks."""
-    chunked = chunk_ffn(model)
-    chunked = chunk_attention(chunked or model) or chunked
+    chunked: onnx.ModelProto | None = None
+    for chunk in CHUNKS:
+        chunked = chunk(chunked or model) or chunked
     return None if chunked is None else optimised(chunked)
 
 

@@ -53,6 +53,7 @@ def in_processes(
                 "short of memory; what was there before is intact. Free some and try again"
             ) from None
         except BaseException:
+            # The pool gives up what waits by itself; a job cancelled here would trip it.
             for child in multiprocessing.active_children():
                 child.terminate()
             raise

@@ -23,6 +23,7 @@ OPSET = 20
 EXAMPLE = {"batch": 2, "conditions": 3, "steps": 4}
 FURTHER = {"height": 4, "width": 6}  # multiples above the least legal side
 ANY = Range(1, LARGEST)
+LARGEST_FILE = (1 << 31) - (1 << 20)  # bytes: a message of Protocol Buffers, nodes left room for
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ def graph_source(
 
 
 def onnx_from_source(source: GraphSource, sides: Range = ANY) -> onnx.ModelProto:
-    """Export one graph, height and width of `sides`; raises ArtefactError for a fixed axis."""
+    """Export one graph, height and width of `sides`.
+
+    Raises ArtefactError for a fixed axis, and for more weights than one file can hold.
+    """
+    check_weights(source)
     generator = torch.Generator().manual_seed(0)
     example = EXAMPLE | {
         axis: sides.minimum + count * sides.multiple for axis, count in FURTHER.items()
@@ -110,6 +115,18 @@ def onnx_from_source(source: GraphSource, sides: Range = ANY) -> onnx.ModelProto
     name_axes(model, source)
     onnx.checker.check_model(model)
     return model
+
+
+def check_weights(source: GraphSource) -> None:
+    """Raise ArtefactError where a graph's file would be larger than Protocol Buffers allow."""
+    tensors = (*source.module.parameters(), *source.module.buffers())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > LARGEST_FILE:
+        raise ArtefactError(
+            f"{source.name}: has weights of {size / 1e9:.2f} GB; expected at most "
+            f"{LARGEST_FILE / 1e9:.2f}, which is what one ONNX file holds: weights in a second one "
+            "would be refused when the graph is opened. Take a smaller width or fewer blocks"
+        )
 
 
 def dimension(axis: str, sides: Range) -> Any:

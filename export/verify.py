@@ -30,6 +30,8 @@ TRAJECTORY_SIZE = (9, 6)
 SIZES = ((1, 1), (1, 9), (7, 5), (16, 16), (31, 64), (64, 64))
 SMALL_GRAPH_SIZES = (*SIZES, (2, 2), (3, 128), (97, 101))
 MOST_CELLS = 1 << 15
+# Multiply-adds of a run, about: larger ones, of hundreds of millions of weights, take minutes each.
+MOST_WORK = 1 << 39
 BATCHES = (1, 3)
 CONDITIONS = (1, 2, 3)
 STEPS = (1, 5, 51)
@@ -38,7 +40,8 @@ STEPS = (1, 5, 51)
 def size_cases(source: GraphSource, sides: Range) -> Iterator[dict[str, int]]:
     """Sizes of the graph's named axes: all grids, batches, conditions and step counts.
 
-    Grids count legal sides from the least on; those that are too large are left out.
+    Grids count legal sides from the least on; those that are too large are left out, and runs
+    whose weights meet too many tokens, which are about as many as such counts make.
     """
     axes = source.axes
     small = source.lifetime == "size"
@@ -52,13 +55,16 @@ def size_cases(source: GraphSource, sides: Range) -> Iterator[dict[str, int]]:
         if height in sides and width in sides and height * width <= MOST_CELLS
     ]
     grids = grids if "height" in axes else [(0, 0)]
+    weights = sum(parameter.numel() for parameter in source.module.parameters())
     batches = BATCHES if "batch" in axes else (0,)
     conditions = CONDITIONS if "conditions" in axes else (0,)
     steps = STEPS if "steps" in axes else (0,)
     for (height, width), batch, count, step in product(grids, batches, conditions, steps):
         sizes = {"height": height, "width": width, "batch": batch}
         sizes |= {"conditions": count, "steps": step}
-        yield {axis: sizes[axis] for axis in sizes if axis in axes}
+        tokens = height * width // sides.multiple**2
+        if weights * tokens * max(batch, 1) * max(count, 1) <= MOST_WORK:
+            yield {axis: sizes[axis] for axis in sizes if axis in axes}
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]

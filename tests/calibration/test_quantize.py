@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,22 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from calibration import __main__ as calibrate
 from calibration import choices
-from calibration.choices import Probe, choose
+from calibration.choices import Probe, choose, rms_error
 from calibration.half import half_tensors, moving_axes
 from calibration.quantize import FORMS, Layer, layers, quantized, token_ranges
-from calibration.samples import Sample, Samples, Settings, calibration_set, load
+from calibration.samples import (
+    Sample,
+    Samples,
+    Settings,
+    calibration_set,
+    default_sizes,
+    load,
+)
 from runtime.bundle.files import TEMPORARY_PREFIX
 from runtime.bundle.manifest import Array, GraphSpec, Manifest, read_manifest
 from runtime.engines import HISTORY, Engine, EngineOptions
 from runtime.engines.onnxruntime import load_library
-from runtime.errors import ArtefactError
+from runtime.errors import ArtefactError, UsageError
 from runtime.images.pixels import read_metadata
 from runtime.pipeline.bundle import open_bundle
 from runtime.pipeline.diffuser import Progress
@@ -388,3 +396,42 @@ def test_on_a_device_it_starts_in_fp32_too(quantized_bundle: Path, eta: float) -
     assert [engine.runs for engine in engines] == [1, 3]
     assert [progress.step for progress in steps] == [1, 2, 3, 4] * 2
     np.testing.assert_allclose(drawn[1], drawn[0], rtol=1e-4, atol=1e-4 * np.abs(drawn[0]).max())
+
+
+def test_families_that_diffuse_pixels_have_int8(
+    pixel_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    """Their step's products of tokens and weights; convolutions and all else stay fp32."""
+    folder = Path(shutil.copytree(pixel_bundle, tmp_path / pixel_bundle.name))
+    drawn = ("--sizes", "16x16,24x32", "--guidance", "1,2", "--pictures", "1", "--steps", "3")
+    chosen = ("--precision", "int8", "--percentile", "100", "--budget", "0.2", "--every", "1")
+    done = command("calibration", folder, *drawn, *chosen)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(folder)
+    name = manifest.step_graph
+    assert manifest.variants["int8"].keys() == {name}
+    assert f"{name}   16x16 4, 24x32 4" in done.stdout  # the first of three steps is fp32's
+    model, made = model_of(manifest, name), model_of(manifest, name, "int8")
+    kinds = [[node.op_type for node in own.graph.node] for own in (model, made)]
+    own = layers(model, manifest.graph(name)).values()
+    count = sum(len(layer.nodes) for layer in own if layer.tokens)
+    assert count >= 10 and 0.5 * count < kinds[1].count("QuantizeLinear") <= count
+    assert kinds[0].count("Conv") == kinds[1].count("Conv")
+    pairs = [open_bundle(folder, EngineOptions(precision=p)) for p in ("fp32", "int8")]
+    wanted, found = (one.generate([3], (24, 32), steps=4, seed=1).latents for one in pairs)
+    assert 1e-4 < rms_error({"x": found}, {"x": wanted}) < 0.2
+    with pytest.raises(UsageError, match="no picture goes through this bundle's graphs"):
+        calibration_set(manifest, Settings(((16, 16),)), folder, folder, tmp_path)
+    with pytest.raises(UsageError, match="sizes 70000x8: expected sides of"):
+        calibration_set(manifest, Settings(((70000, 8),)), folder, folder, None)
+
+
+def test_sizes_of_samples_surround_the_default_one(tiny_bundle: Path, pixel_bundle: Path) -> None:
+    latents, pixels = (read_manifest(path).interface for path in (tiny_bundle, pixel_bundle))
+    assert latents.default_latent == (4, 4)
+    assert default_sizes(latents) == ((2, 2), (4, 4), (8, 8), (4, 8), (8, 3), (16, 16))
+    height, width = pixels.default_latent
+    found = default_sizes(pixels)
+    assert (height, width) in found and (2 * height, 2 * width) in found
+    sides = [side for size in found for side in size]
+    assert all(side in pixels.latent_sides for side in sides) and max(sides) == 2 * height

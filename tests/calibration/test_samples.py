@@ -120,7 +120,7 @@ def test_the_cache_is_used_and_knows_its_settings(
     second = calibration_set(manifest, FEW, own_bundle, own_bundle, None)
     assert [s.graph for s in second] == [s.graph for s in first]
     with pytest.raises(TypeError):
-        calibration_set(manifest, Settings(steps=2), own_bundle, own_bundle, None)
+        calibration_set(manifest, Settings((), steps=2), own_bundle, own_bundle, None)
 
 
 def test_real_pictures(own_bundle: Path, tmp_path: Path) -> None:

@@ -170,3 +170,25 @@ def test_an_export_into_a_file_is_refused(
     args = ("--checkpoint", tiny_bundle / "tiny.safetensors", "--out", tmp_path / "file")
     done = command("export", *args)
     assert done.returncode == 5 and "cannot be written" in done.stderr
+
+
+def test_more_weights_than_a_file_holds_are_refused() -> None:
+    module = torch.nn.Linear(1 << 15, 1 << 14, device="meta")
+    source = to_onnx.graph_source(
+        "wide", "step", module, {"x": ("batch", 1 << 15)}, {"y": ("batch", 1 << 14)}
+    )
+    with pytest.raises(ArtefactError, match=r"wide: has weights of 2.15 GB; expected at most 2.15"):
+        to_onnx.onnx_from_source(source)
+
+
+def test_parity_leaves_out_what_takes_minutes() -> None:
+    def cases(width: int) -> list[dict[str, int]]:
+        module = torch.nn.Linear(width, width, bias=False, device="meta")
+        axes = ("batch", "height", "width", width)
+        source = to_onnx.graph_source("wide", "step", module, {"x": axes}, {"y": axes})
+        return [*verify.size_cases(source, to_onnx.ANY)]
+
+    every, some = cases(8), cases(1 << 14)
+    assert len(every) == len(verify.SIZES) * len(verify.BATCHES)
+    tokens = [case["batch"] * case["height"] * case["width"] for case in some]
+    assert {*map(str, some)} < {*map(str, every)} and max(tokens) == 1984 < verify.MOST_WORK >> 28

@@ -15,6 +15,7 @@ from calibration import half
 from calibration.samples import Samples
 from export import verify
 from export.chunk_attention import chunk_attention
+from export.chunk_axial import chunk_axial
 from export.families import family_of
 from export.families.hdit import attention
 from export.picture_graph import picture_graph, table_rows
@@ -228,6 +229,31 @@ def test_attention_in_parts_is_exact(bundle: Path) -> None:
         chunked = chunk_attention(model, most)
         assert chunked is not None
         assert any(node.op_type == "Attention" for node in chunked.graph.node)
+        found = onnxruntime.InferenceSession(chunked.SerializeToString()).run(None, feed)[0]
+        assert relative_error(found, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("pixel_bundle", ["siid", "s2id"], indirect=True)
+def test_axial_blocks_in_parts_are_exact(pixel_bundle: Path) -> None:
+    """However few lines are taken at once. SIID's encoder has masks, and stays as it is."""
+    manifest = read_manifest(pixel_bundle)
+    spec = manifest.graph(manifest.step_graph)
+    model = onnx.load_from_string(manifest.file_bytes(spec))
+    config = checkpoint.load(pixel_bundle / "tiny.safetensors").models.config
+    own = getattr(config, pixel_bundle.name)
+    every = own.encoder_blocks + own.decoder_blocks
+    parted = every if pixel_bundle.name == "s2id" else own.decoder_blocks
+    sizes = {"batch": 2, "conditions": 3, "height": 8, "width": 12}
+    random = np.random.default_rng(0)
+    feed = {t.name: random.random(t.shape(sizes), np.float32) for t in spec.inputs}
+    wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)[0]
+    for most in (1, 200, 1 << 21):
+        chunked = chunk_axial(model, most)
+        assert chunked is not None
+        kinds = [node.op_type for node in chunked.graph.node]
+        assert kinds.count("Columns") == kinds.count("Rows") == parted > 0
+        assert kinds.count("Finish") == every and "Sigmoid" not in kinds
+        assert kinds.count("Spread") >= 2 * every  # and of the norms before the text is read
         found = onnxruntime.InferenceSession(chunked.SerializeToString()).run(None, feed)[0]
         assert relative_error(found, wanted) <= 1e-6
 

@@ -26,7 +26,11 @@ def test_a_process_that_is_ended_from_outside_is_an_error_of_ours() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_an_error_in_one_process_is_raised_and_ends_the_other() -> None:
+def test_an_error_in_one_process_is_raised_and_ends_the_other(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Without a word of the pool, though more waits than it has begun."""
     with pytest.raises(ValueError, match="non-negative"):
-        list(in_processes(time.sleep, [600, -1]))
+        list(in_processes(time.sleep, [600, -1, *[600] * 9]))
     assert not multiprocessing.active_children()
+    assert capfd.readouterr().err == ""

@@ -85,6 +85,22 @@ def test_graphs_of_lower_precision_have_plans(
     assert ("is FP8, which GPUs have from sm89 on" in done.stderr) == (precision == "fp8")
 
 
+def test_families_that_diffuse_pixels_have_plans(
+    pixel_bundle: Path, tmp_path: Path, command: Command
+) -> None:
+    """Those of every graph, from the least size that is drawn to one that is not square."""
+    bundle = Path(shutil.copytree(pixel_bundle, tmp_path / pixel_bundle.name))
+    size = ("--latent", "16x16..32x48", "--profiles", "1")
+    done = command("export.to_plan", bundle, *TARGETS, *size, "--conditions", "1..2")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(bundle)
+    assert {plan.graph for plan in manifest.plans.values()} == manifest.graphs.keys()
+    plan = manifest.plan(manifest.step_graph)
+    assert plan is not None and plan.targets == ("sm120", "sm89")
+    low, _, high = plan.profiles[0]["width"]
+    assert (low, high) == (16, 48) and len(manifest.file_bytes(plan)) == plan.bytes > 10_000
+
+
 def test_a_plan_is_whole_in_the_library_s_eyes(built: Path) -> None:
     """Without a GPU it says that no GPU is there, of other bytes that they are no plan."""
     runtime = library.Runtime(library.Logger(library.Logger.INTERNAL_ERROR))

@@ -31,9 +31,10 @@ NORM_EPSILON = 1e-5
 
 
 class Position(nn.Module):
-    """`NAME_position`: coordinates `[H, W, 4]` -> position `[h, w, d]`, x `[w]` and y `[h]`.
+    """`NAME_position`: coordinates `[H, W, 4]` -> shares of rows `[h, d]` and columns `[w, d]`.
 
-    x and y, where there are masks, are the tokens' places in the square system.
+    A token's position is their sum, which at 1024×1024 pixels is half a gigabyte. Where there are
+    masks also the tokens' places in the square system, x `[w]` and y `[h]`.
     """
 
     frequencies: Tensor
@@ -76,8 +77,8 @@ class Position(nn.Module):
         along_y = (wave_y @ self.along_y * scale).sum(0)  # [h, d]
         along_x = (wave_x @ self.along_x * scale).sum(0)
         constant = self.bias - (self.total * (mean.unsqueeze(1) * scale.squeeze(2))).sum(0)
-        position = along_y.unsqueeze(1) + along_x.unsqueeze(0) + constant
-        return (position, columns[:, 0], rows[:, 0]) if self.masked else (position,)
+        shares = along_y + constant, along_x
+        return (*shares, columns[:, 0], rows[:, 0]) if self.masked else shares
 
 
 def is_masked(model: AxialDenoiser) -> bool:
@@ -195,10 +196,15 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor, film: Sequence[Tensor]) -> Tensor:
         """x `[B, N, d]`, gain and shift `[d]` each -> `[B, N, d]`."""
-        gain, shift = film
-        x = x - token_mean(x) @ self.groups
-        variance = token_mean(x * x) @ self.groups
-        return x * ((variance + NORM_EPSILON).rsqrt() * gain) + shift
+        mean, scale = self.parts(x, film[0])
+        return (x - mean) * scale + film[1]
+
+    def parts(self, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        """x `[B, N, d]` -> means, and what scales the difference from them, `[B, 1, d]` each."""
+        mean = token_mean(x) @ self.groups
+        far = x - mean
+        variance = token_mean(far * far) @ self.groups
+        return mean, (variance + NORM_EPSILON).rsqrt() * gain
 
 
 class Lines(nn.Module):
@@ -272,7 +278,10 @@ class StepBlock(nn.Module):
         self, w: Tensor, film: Sequence[Tensor], k: Tensor, bias: Tensor, v: Tensor
     ) -> Tensor:
         """w `[B', N, d]`, k `[.., B', d, A·T]`, bias `[.., B', A·T]`, v `[.., B', A·T, d]`."""
-        scores = self.cross_norm(w, film) @ k + bias.unsqueeze(-2)
+        # The norm acts on the few keys, not on all tokens.
+        mean, scale = self.cross_norm.parts(w, film[0])
+        constant = (film[1] - mean * scale) @ k + bias.unsqueeze(-2)
+        scores = w @ (scale.transpose(1, 2) * k) + constant
         shares = scores.unflatten(-1, (-1, self.tokens)).softmax(-1).flatten(-2)
         return w + shares @ v
 
@@ -284,9 +293,9 @@ class StepBlock(nn.Module):
 class Denoise(nn.Module):
     """`NAME`: one step's eps under every condition.
 
-    latent `[B, C, H, W]`, position `[h, w, d]`, film `[F]` and what the prompt's graph gives, its
-    axes beginning with `[K, B]` -> eps `[K, B, C, H, W]`. Encoder blocks and the first decoder
-    block's self-attention run once for all conditions.
+    latent `[B, C, H, W]`, positions of rows `[h, d]` and columns `[w, d]`, film `[F]` and what the
+    prompt's graph gives, its axes beginning with `[K, B]` -> eps `[K, B, C, H, W]`. Encoder blocks
+    and the first decoder block's self-attention run once for all conditions.
     """
 
     def __init__(self, model: AxialDenoiser, tokens: int):
@@ -300,21 +309,29 @@ class Denoise(nn.Module):
     def forward(
         self,
         latent: Tensor,
-        position: Tensor,
+        rows: Tensor,
+        columns: Tensor,
         film: Tensor,
         text: Tensor,
         bias: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        return self.run(latent, position, (None, None), film, text, bias, values)
+        return self.run(latent, (rows, columns), (None, None), film, text, bias, values)
 
     def run(
-        self, latent: Tensor, position: Tensor, at: Places, film: Tensor, *given: Tensor | None
+        self,
+        latent: Tensor,
+        position: tuple[Tensor, Tensor],
+        at: Places,
+        film: Tensor,
+        *given: Tensor | None,
     ) -> Tensor:
         """As `forward`; `at` as in `StepBlock`."""
         text = [part for part in given if part is not None]
-        size = position.shape[0], position.shape[1]
-        tokens = self.project.values(self.folded(latent)) + position.flatten(0, 1)
+        rows, columns = position
+        size = rows.shape[0], columns.shape[0]
+        where = (rows.unsqueeze(1) + columns.unsqueeze(0)).flatten(0, 1)
+        tokens = self.project.values(self.folded(latent)) + where
         vectors = film.split(self.width)
         sites = iter([vectors[i : i + 2] for i in range(0, len(vectors), 2)])
         for block in self.encoder:
@@ -331,7 +348,7 @@ class Denoise(nn.Module):
                 else block.read_text(w, next(sites), *own)
             )
             if not index:  # every condition starts from the same tokens
-                tokens = (tokens + torch.zeros_like(w)).flatten(0, 1)
+                tokens = (tokens + w.new_zeros((w.shape[0], w.shape[1], 1, 1))).flatten(0, 1)
                 w = w.flatten(0, 1)
             tokens = block.finish(tokens, w, next(sites))
         eps = self.out(tokens).unflatten(1, size)
@@ -358,7 +375,8 @@ class MaskedDenoise(Denoise):
     def forward(  # type: ignore[override]
         self,
         latent: Tensor,
-        position: Tensor,
+        rows: Tensor,
+        columns: Tensor,
         x: Tensor,
         y: Tensor,
         film: Tensor,
@@ -366,4 +384,4 @@ class MaskedDenoise(Denoise):
         bias: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        return self.run(latent, position, (x, y), film, text, bias, values)
+        return self.run(latent, (rows, columns), (x, y), film, text, bias, values)

@@ -16,7 +16,10 @@ def sources(name: str, model: AxialDenoiser, condition: LabelCondition) -> list[
     film = axial.Film(model, tokens)
     latent: tuple[Axis, ...] = ("batch", config.channels, "height", "width")
     tall, wide = cells(model.fold, model.fold)
-    places: dict[str, tuple[Axis, ...]] = {"position": (tall, wide, width)}
+    places: dict[str, tuple[Axis, ...]] = {
+        "position_y": (tall, width),
+        "position_x": (wide, width),
+    }
     if masked := axial.is_masked(model):
         places |= {"place_x": (wide,), "place_y": (tall,)}
     text: dict[str, tuple[Axis, ...]] = {
