@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ from reference.data import Images, draw_hues
 from reference.families.parts.training import Stage, Step, Task
 from reference.optimizers import Optimizers
 from runtime import cli
-from runtime.bundle.files import atomic_write, parsing, read_bytes, sha256
+from runtime.bundle.files import atomic_write, parsing, read_bytes
 from runtime.errors import NumericalError, UsageError
 from runtime.progress import Bar, log
 
 ANEW = "Delete it to start anew"
 LARGEST_LOG = 1 << 28  # bytes
+LONGEST = 400  # letters of what is told of another configuration
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,10 @@ class Run:
         # more or fewer steps of its own stage go on with it.
         own = {stage.name: config[stage.name] for stage in stages}
         own[name] = {key: value for key, value in own[name].items() if key != "steps"}
-        models = {section: config["model"][section] for section in stages[-1].sections}
-        common = [config["seed"], config["dataset"], config["image"], images.names, len(images)]
-        common += [init] if init else []
-        described = json.dumps([own, models, common], sort_keys=True)
-        self.fingerprint = sha256(described.encode())
+        own["model"] = {section: config["model"][section] for section in stages[-1].sections}
+        own |= {key: config[key] for key in ("seed", "dataset", "image")}
+        own |= {"labels": images.names, "images": len(images), "init": init}
+        self.described = json.dumps(own, sort_keys=True)
 
     def train(self, task: Task) -> float:
         """Train a task's model to its averaged weights; returns the seconds, restarts included.
@@ -211,7 +212,7 @@ class Run:
         metadata = {
             "step": str(step),
             "seconds": f"{seconds:.1f}",
-            "fingerprint": self.fingerprint,
+            "described": self.described,
         }
         contiguous = {name: value.contiguous().clone() for name, value in tensors.items()}
         with atomic_write(self.state_path) as file:
@@ -225,10 +226,13 @@ class Run:
             return 0, 0.0, []
         data = read_bytes(self.state_path, "a training state", ANEW)
         tensors, metadata = checkpoint.parse(data, self.state_path)
-        if metadata.get("fingerprint") != self.fingerprint:
+        if (found := metadata.get("described", "{}")) != self.described:
+            with parsing(self.state_path, "training state", ANEW):
+                changed = "; ".join(differences(json.loads(found), json.loads(self.described)))
             raise UsageError(
-                f"{self.state_path}: belongs to another configuration or data set. "
-                "Give another --out, or delete the file to start anew"
+                f"{self.state_path}: belongs to another configuration or data set: "
+                f"{shorten(changed, LONGEST, placeholder=' …')}. Give another --out, or delete the "
+                "file to start anew"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -251,6 +255,17 @@ class Run:
             if [number for number, _ in logged] != [*range(1, step + 1)]:
                 raise ValueError(f"it does not have the steps from 1 to {step}")
         return step, seconds, logged
+
+
+def differences(found: Any, wanted: Any, name: str = "") -> list[str]:
+    """What two nested mappings differ in, as in `model.r2id.width was 96, is 128`."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return [] if found == wanted else [f"{name} was {found!r}, is {wanted!r}"]
+    return [
+        line
+        for key in sorted(found.keys() | wanted.keys())
+        for line in differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+    ]
 
 
 def draw_losses(out: Path, runs: list[Run]) -> None:
